@@ -1,0 +1,40 @@
+"""EngineConfig: every option of the engine, fixed at construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of one engine. `None` and "auto" mean: decided from the checkpoint and the device at start."""
+
+    model: str
+    """A checkpoint folder, a .gguf file, or a hub repository id."""
+    revision: str | None = None
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """auto (the checkpoint's), float32, float16 or bfloat16."""
+    backend: str = "auto"
+    """auto, torch or reference."""
+    load_format: str = "auto"
+    """auto, or dummy: random weights of the right shapes, made on the device."""
+    max_model_len: int | None = None
+    """Longest sequence in tokens; None: the checkpoint's context."""
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    """Token budget of one step."""
+    block_size: int = 16
+    """Tokens a KV-cache block."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights, activations and KV cache may take together."""
+    kv_cache_memory_bytes: int | None = None
+    """None: on a GPU what is left, on the CPU the smaller of 4 GiB and a quarter of free memory."""
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    """For dummy weights, and for requests that bring no seed of their own."""
+    max_num_queued_requests: int = 1024
+    """Requests that may wait; one more is refused."""
+    step_timeout: float = 300.0
+    """Seconds one step may take before the engine counts as hanging."""

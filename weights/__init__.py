@@ -1,0 +1,1 @@
+"""Checkpoint files -> named tensors. Knows nothing of the engine."""
