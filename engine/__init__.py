@@ -1,4 +1,6 @@
-"""Tokens in, tokens out: the inference engine. Names are imported on first use, so that importing this costs no torch."""
+"""Tokens in, tokens out: the inference engine. Names are imported on first use, so that importing this costs no
+torch.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,12 +1,12 @@
 """What the engine raises.
 
-    EngineError
-    ├── ConfigurationError       the engine's options do not work together, or with this model or device (start-up)
-    ├── InvalidRequestError      a request's mistake; `param` names the field, `code` is machine readable or None
-    │   └── ContextLengthError   prompt (+ max_tokens) does not fit the context; code "context_length_exceeded"
-    ├── EngineOverloadedError    the queue is full, or the engine is shutting down; try again later
-    ├── RequestFailedError       one request failed inside the engine; others are not touched
-    └── EngineDeadError          the engine process is gone or hangs
+EngineError
+├── ConfigurationError       the engine's options do not work together, or with this model or device (start-up)
+├── InvalidRequestError      a request's mistake; `param` names the field, `code` is machine readable or None
+│   └── ContextLengthError   prompt (+ max_tokens) does not fit the context; code "context_length_exceeded"
+├── EngineOverloadedError    the queue is full, or the engine is shutting down; try again later
+├── RequestFailedError       one request failed inside the engine; others are not touched
+└── EngineDeadError          the engine process is gone or hangs
 """
 
 

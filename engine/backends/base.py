@@ -1,0 +1,105 @@
+"""Backend: the operations that a device offers to the layers, and the weights it keeps in a form of its own.
+
+Dimensions: T tokens, B sequences, D hidden_size, H heads, G kv heads, N head_dim, E experts, F intermediate_size, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.routing.base import Routing
+from engine.routing.plan import ExpertPlan
+from weights.params import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of every layer, paged: [L, num_blocks, block_size, G, N] each."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys.shape[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """What attention needs to know of the model. `sliding_window` in tokens; a query sees itself and window - 1
+    before.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+
+    @property
+    def scale(self) -> float:
+        return math.pow(self.head_dim, -0.5)
+
+
+class Backend(Protocol):
+    """A device's operations. Weights are named by parameter (weights/params.py); what a name stands for is the
+    backend's business: the layers only hand names back to it.
+    """
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def prepare(self, piece: Piece, tensor: Tensor) -> None:
+        """Take one checkpoint tensor, on any device, into the backend's own form. The tensor is not kept."""
+        ...
+
+    def has(self, param: str) -> bool:
+        """Whether any piece of the parameter was prepared."""
+        ...
+
+    def new_kv_cache(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape) -> KVCache:
+        """A cache whose contents are finite."""
+        ...
+
+    def embed(self, param: str, input_ids: Tensor) -> Tensor:
+        """Rows of the table: input_ids [T] -> [T, D]."""
+        ...
+
+    def linear(self, param: str, x: Tensor) -> Tensor:
+        """x [T, in] -> [T, out]."""
+        ...
+
+    def logits(self, param: str, x: Tensor) -> Tensor:
+        """The vocabulary projection: x [R, D] -> [R, V] float32."""
+        ...
+
+    def rms_norm(self, param: str, x: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * weight over the last dimension, in float32, returned in x's dtype (Zhang & Sennrich 2019)."""
+        ...
+
+    def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+        """Rotate the two halves of every head: x [T, heads, N], positions [T], inv_freq [N/2] (Su et al. 2021)."""
+        ...
+
+    def write_kv(self, cache: KVCache, layer: int, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+        """Put keys and values [T, G, N] into their slots."""
+        ...
+
+    def attention(self, query: Tensor, cache: KVCache, layer: int, batch: Batch, shape: AttentionShape) -> Tensor:
+        """Causal attention of query [T, H, N] over the cache, this step's keys included -> [T, H * N]."""
+        ...
+
+    def experts(self, w13: str, w2: str, x: Tensor, routing: Routing, plan: ExpertPlan) -> Tensor:
+        """sum_k weight_k * W2_k(silu(W1_k x) * W3_k x) over each token's experts: x [T, D] -> [T, D]."""
+        ...

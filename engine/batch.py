@@ -1,0 +1,87 @@
+"""StepPlan -> Batch: the tensors of one step.
+
+Example, blocks of 4: sequence A decodes its token at position 5 (block table [7, 2]), sequence B computes positions 0
+to 2 of its prompt (block table [3]):
+
+    positions    [5, 0, 1, 2]          cu_seqlens [0, 1, 4]
+    slot_mapping [2*4 + 1, 12, 13, 14] seq_lens   [6, 3]         (position 5 is slot 1 of A's second block, block 2)
+    block_tables [[7, 2], [3, 0]]      logits_indices [0, 3]     (when both sample)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.scheduler import Chunk, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """T tokens of B sequences, flattened. Index tensors live on the device of the forward pass.
+
+    The lists repeat on the host what a backend needs to shape its work without a synchronisation.
+    """
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, position within the sequence
+    slot_mapping: Tensor  # [T] int64, block * block_size + offset, where the token's key and value are written
+    cu_seqlens: Tensor  # [B + 1] int32, sequence b owns tokens [cu_seqlens[b], cu_seqlens[b + 1])
+    seq_lens: Tensor  # [B] int32, positions in the cache once this step is written
+    block_tables: Tensor  # [B, max blocks] int32, padded with 0
+    logits_indices: Tensor  # [R] int64, tokens whose logits are wanted
+    query_lens: list[int]  # B
+    context_lens: list[int]  # B, seq_lens on the host
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+
+def build(plan: StepPlan, *, block_size: int, device: torch.device) -> Batch:
+    """Lay out the chunks of `plan`, which is not empty, in their order."""
+    chunks = plan.chunks
+    query_lens = [chunk.num_tokens for chunk in chunks]
+    context_lens = [chunk.start + chunk.num_tokens for chunk in chunks]
+    cu_seqlens = np.zeros(len(chunks) + 1, dtype=np.int32)
+    np.cumsum(query_lens, out=cu_seqlens[1:])
+
+    input_ids = np.concatenate([_tokens(chunk) for chunk in chunks])
+    positions = np.concatenate([np.arange(chunk.start, chunk.start + chunk.num_tokens) for chunk in chunks])
+    block_tables = np.zeros((len(chunks), max(len(chunk.sequence.block_table) for chunk in chunks)), dtype=np.int32)
+    for row, chunk in enumerate(chunks):
+        block_tables[row, : len(chunk.sequence.block_table)] = chunk.sequence.block_table
+    rows = np.repeat(np.arange(len(chunks)), query_lens)
+    slots = block_tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+
+    def to_device(array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return Batch(
+        input_ids=to_device(input_ids),
+        positions=to_device(positions),
+        slot_mapping=to_device(slots),
+        cu_seqlens=to_device(cu_seqlens),
+        seq_lens=to_device(np.asarray(context_lens, dtype=np.int32)),
+        block_tables=to_device(block_tables),
+        logits_indices=to_device(np.asarray(logits_rows(plan), dtype=np.int64)),
+        query_lens=query_lens,
+        context_lens=context_lens,
+    )
+
+
+def logits_rows(plan: StepPlan) -> list[int]:
+    """The batch's tokens whose logits are wanted: the last of every chunk that samples, in chunk order."""
+    rows, end = [], 0
+    for chunk in plan.chunks:
+        end += chunk.num_tokens
+        if chunk.samples:
+            rows.append(end - 1)
+    return rows
+
+
+def _tokens(chunk: Chunk) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    return np.asarray(chunk.sequence.token_ids[chunk.start : chunk.start + chunk.num_tokens], dtype=np.int64)

@@ -1,0 +1,162 @@
+"""EngineCore: requests in, token events out, one `step` at a time. Single threaded; knows no text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.executor import Executor, OutOfDeviceMemoryError, StepResult
+from engine.sampler import Sampled
+from engine.scheduler import Chunk, Scheduler, StepPlan
+from engine.sequence import Sequence
+from engine.startup import start
+from engine.types import EngineInfo, EngineStats, FinishReason, Request, TokenEvent
+
+
+class EngineCore:
+    """Schedules live requests over an executor. Requests were checked (engine/validate.py) before they get here."""
+
+    def __init__(self, executor: Executor, info: EngineInfo, *, seed: int = 0) -> None:
+        self.info = info
+        self._executor = executor
+        self._seed = seed
+        self._blocks = BlockManager(info.num_blocks, info.block_size, enable_prefix_caching=info.enable_prefix_caching)
+        self._scheduler = Scheduler(
+            self._blocks, max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens
+        )
+        self._live: dict[str, Sequence] = {}
+        self._num_added = 0
+        self._stats = EngineStats()
+
+    @classmethod
+    def build(cls, config: EngineConfig, *, progress: bool = False) -> EngineCore:
+        """Load the model that `config` names. Raises WeightsError and ConfigurationError."""
+        executor, info = start(config, progress=progress)
+        return cls(executor, info, seed=config.seed)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Its id must not be in use."""
+        assert request.request_id not in self._live, f"request id {request.request_id} is in use"
+        seed = request.params.seed if request.params.seed is not None else _derived_seed(self._seed, self._num_added)
+        sequence = Sequence(request, arrival=self._num_added, seed=seed)
+        self._num_added += 1
+        self._live[request.request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks. An id that is not live (it may just have finished) is ignored."""
+        sequence = self._live.pop(request_id, None)
+        if sequence is not None:
+            self._scheduler.finish(sequence)
+
+    def step(self) -> list[TokenEvent]:
+        """Advance every scheduled sequence once. Raises whatever breaks the executor for good."""
+        plan = self._scheduler.schedule()
+        if not plan.chunks:
+            return []
+        try:
+            result = self._executor.execute(plan)
+        except OutOfDeviceMemoryError as error:
+            return self._fail(plan, f"out of memory in a step of {plan.num_tokens} tokens: {error}")
+        return self._postprocess(plan, result)
+
+    def stats(self) -> EngineStats:
+        """A snapshot for whoever watches."""
+        return replace(
+            self._stats,
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            num_blocks=self._blocks.num_blocks,
+            num_free_blocks=self._blocks.num_free,
+            num_preemptions=self._scheduler.num_preemptions,
+            prefix_cache_queries=self._blocks.num_queries,
+            prefix_cache_hits=self._blocks.num_hits,
+            peak_memory_bytes=self._executor.peak_memory_bytes(),
+        )
+
+    def _postprocess(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        prompt_tokens = generation_tokens = 0
+        for index, chunk in enumerate(plan.chunks):
+            sequence = chunk.sequence
+            sequence.num_computed += chunk.num_tokens
+            if len(sequence.prompt_logprobs) < sequence.num_prompt - 1:
+                sequence.prompt_logprobs += result.prompt_logprobs.get(index, [])
+            if index in result.sampled:
+                if sequence.num_output == 0:
+                    prompt_tokens += sequence.num_prompt
+                event = self._advance(chunk, result.sampled[index])
+                generation_tokens += len(event.token_ids)
+                events.append(event)
+        self._stats = replace(
+            self._stats,
+            num_steps=self._stats.num_steps + 1,
+            prompt_tokens=self._stats.prompt_tokens + prompt_tokens,
+            generation_tokens=self._stats.generation_tokens + generation_tokens,
+        )
+        return events
+
+    def _advance(self, chunk: Chunk, sampled: Sampled) -> TokenEvent:
+        """Append the sampled token and finish the sequence where it ends."""
+        sequence = chunk.sequence
+        params = sequence.request.params
+        first = sequence.num_output == 0
+        token_ids: tuple[int, ...] = ()
+        if params.max_tokens != 0:
+            token_ids = (sampled.token_id,)
+            sequence.token_ids.append(sampled.token_id)
+        reason, stop_reason = self._end_of(sequence)
+        if reason is not None:
+            sequence.finish_reason = reason
+            del self._live[sequence.request.request_id]
+            self._scheduler.finish(sequence)
+        scored = first and params.prompt_logprobs is not None
+        return TokenEvent(
+            request_id=sequence.request.request_id,
+            token_ids=token_ids,
+            logprobs=(sampled.logprobs,) if sampled.logprobs is not None and token_ids else None,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if scored else None,
+            num_cached_tokens=sequence.num_cached,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+        )
+
+    def _end_of(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
+        """Why the sequence ends with its last token, if it does. An end-of-sequence id exactly at the limit is a
+        stop.
+        """
+        params = sequence.request.params
+        last = sequence.token_ids[-1]
+        if sequence.num_output > 0:
+            if last in self.info.eos_token_ids and not params.ignore_eos:
+                return FinishReason.STOP, None
+            if last in params.stop_token_ids:
+                return FinishReason.STOP, last
+        if params.max_tokens is not None and sequence.num_output >= params.max_tokens:
+            return FinishReason.LENGTH, None
+        if sequence.num_tokens >= self.info.max_model_len:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def _fail(self, plan: StepPlan, message: str) -> list[TokenEvent]:
+        """Give up the sequences of a step that could not be computed; all others go on."""
+        events = []
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            self._blocks.retract(sequence)
+            del self._live[sequence.request.request_id]
+            self._scheduler.finish(sequence)
+            events.append(
+                TokenEvent(request_id=sequence.request.request_id, finish_reason=FinishReason.ERROR, error=message)
+            )
+        return events
+
+
+def _derived_seed(seed: int, number: int) -> int:
+    """A seed for a request that brought none: different for every request, the same when a run is repeated."""
+    return (seed << 32) + number

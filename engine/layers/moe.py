@@ -1,0 +1,34 @@
+"""The mixture-of-experts block: gate -> router -> plan -> experts -> combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.backends.base import Backend
+from engine.routing.base import Router, Routing
+from engine.routing.plan import group
+
+# Called with (layer, input of the block [T, D], its routing) for every sparse layer of a forward pass.
+RoutingObserver = Callable[[int, Tensor, Routing], None]
+
+
+@dataclass(frozen=True, slots=True)
+class MoELayer:
+    """The sparse feed-forward block of layer number `layer`."""
+
+    backend: Backend
+    layer: int
+    num_experts: int
+    router: Router
+
+    def __call__(self, x: Tensor, observe: RoutingObserver | None = None) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        name = f"layers.{self.layer}"
+        routing = self.router(self.backend.linear(f"{name}.gate", x))
+        if observe is not None:
+            observe(self.layer, x, routing)
+        plan = group(routing.expert_ids, self.num_experts)
+        return self.backend.experts(f"{name}.w13", f"{name}.w2", x, routing, plan)

@@ -1,0 +1,52 @@
+"""The skeleton that all decoder families share: embed, layers of attention and feed-forward, final norm, logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.backends.base import AttentionShape, Backend, KVCache
+from engine.batch import Batch
+from engine.layers.attention import Attention
+from engine.layers.moe import MoELayer, RoutingObserver
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Pre-norm residual layer: x + attention(norm(x)), then x + moe(norm(x))."""
+
+    backend: Backend
+    attention: Attention
+    moe: MoELayer
+    norm_eps: float
+
+    def __call__(self, x: Tensor, batch: Batch, cache: KVCache, observe: RoutingObserver | None) -> Tensor:
+        name = f"layers.{self.attention.layer}"
+        x = x + self.attention(self.backend.rms_norm(f"{name}.input_norm", x, self.norm_eps), batch, cache)
+        normed = self.backend.rms_norm(f"{name}.post_attention_norm", x, self.norm_eps)
+        return x + self.moe(normed, observe)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A decoder-only language model over a backend's weights."""
+
+    backend: Backend
+    layers: Sequence[DecoderLayer]
+    attention_shape: AttentionShape
+    norm_eps: float
+    lm_head: str
+    """The parameter of the vocabulary projection: `lm_head`, or `embed_tokens` when they are tied."""
+
+    def forward(self, batch: Batch, cache: KVCache, observe: RoutingObserver | None = None) -> Tensor:
+        """All tokens of the batch -> final hidden states [T, D], before the vocabulary projection."""
+        x = self.backend.embed("embed_tokens", batch.input_ids)
+        for layer in self.layers:
+            x = layer(x, batch, cache, observe)
+        return self.backend.rms_norm("norm", x, self.norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, D] -> logits [R, V] float32."""
+        return self.backend.logits(self.lm_head, hidden)

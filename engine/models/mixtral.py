@@ -1,0 +1,36 @@
+"""Mixtral (Jiang et al. 2024, arXiv 2401.04088): grouped-query attention, and in every layer top-K of E SwiGLU
+experts.
+"""
+
+from __future__ import annotations
+
+from engine.backends.base import AttentionShape, Backend
+from engine.layers.attention import Attention
+from engine.layers.moe import MoELayer
+from engine.layers.rotary import inverse_frequencies
+from engine.models.decoder import Decoder, DecoderLayer
+from engine.routing.topk_softmax import TopKSoftmax
+from weights.config import ModelConfig
+
+
+def build(config: ModelConfig, backend: Backend) -> Decoder:
+    """The decoder of `config` over weights that `backend` holds or will hold."""
+    shape = AttentionShape(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        sliding_window=config.sliding_window,
+    )
+    inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, backend.device)
+    router = TopKSoftmax(config.num_experts_per_tok, config.norm_topk_prob)
+    layers = [
+        DecoderLayer(
+            backend,
+            Attention(backend, layer, shape, inv_freq),
+            MoELayer(backend, layer, config.num_experts, router),
+            config.rms_norm_eps,
+        )
+        for layer in range(config.num_layers)
+    ]
+    lm_head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+    return Decoder(backend, layers, shape, config.rms_norm_eps, lm_head)

@@ -1,0 +1,24 @@
+"""model_type -> the function that builds its decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.backends.base import Backend
+from engine.errors import ConfigurationError
+from engine.models import mixtral
+from engine.models.decoder import Decoder
+from weights.config import ModelConfig
+
+BUILDERS: dict[str, Callable[[ModelConfig, Backend], Decoder]] = {"mixtral": mixtral.build}
+
+
+def build_model(config: ModelConfig, backend: Backend) -> Decoder:
+    """Raises ConfigurationError for a model_type that is not served."""
+    if config.model_type not in BUILDERS:
+        known = ", ".join(sorted(BUILDERS))
+        raise ConfigurationError(
+            f"model_type {config.model_type!r} cannot be served, only: {known}"
+            + (" (a dense model can be turned into a mixture: mixserve upcycle)" if config.num_experts == 1 else "")
+        )
+    return BUILDERS[config.model_type](config, backend)

@@ -1,0 +1,79 @@
+"""Runner: one rank's model, cache and sampler. StepPlan in, tokens out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine import batch as batches
+from engine.backends.base import KVCache
+from engine.models.decoder import Decoder
+from engine.sampler import Sampled, SamplingRow, logprobs_of, sample
+from engine.scheduler import Chunk, StepPlan
+from engine.types import TokenLogprobs
+
+# Rows of vocabulary logits made at once while a prompt is scored: bounds their memory (V float32 a row).
+_SCORED_ROWS = 256
+
+
+class Runner:
+    """Owns the paged cache and runs the model on plans."""
+
+    def __init__(self, model: Decoder, cache: KVCache, *, eos_token_ids: frozenset[int]) -> None:
+        self.model = model
+        self.cache = cache
+        self.eos_token_ids = eos_token_ids
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> tuple[dict[int, Sampled], dict[int, list[TokenLogprobs]]]:
+        """Compute the plan's tokens; sample where a chunk reaches its sequence's end; score prompts that ask for it."""
+        batch = batches.build(plan, block_size=self.cache.block_size, device=self.model.backend.device)
+        hidden = self.model.forward(batch, self.cache)
+        indices = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
+        sampled: dict[int, Sampled] = {}
+        if indices:
+            rows = [self._sampling_row(plan.chunks[index]) for index in indices]
+            tokens = sample(self.model.logits(hidden[batch.logits_indices]), rows)
+            sampled = dict(zip(indices, tokens, strict=True))
+        return sampled, self._score_prompts(plan, hidden)
+
+    @staticmethod
+    def is_out_of_memory(error: RuntimeError) -> bool:
+        """Whether `error` says that device or host memory ran out. The CPU allocator has no exception type of its
+        own.
+        """
+        return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+    def _sampling_row(self, chunk: Chunk) -> SamplingRow:
+        sequence = chunk.sequence
+        params = sequence.request.params
+        end_ids = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self.eos_token_ids)
+        return SamplingRow(
+            params=params,
+            seed=sequence.seed,
+            prompt_ids=sequence.request.prompt_ids,
+            output_ids=sequence.token_ids[sequence.num_prompt :],
+            end_ids=end_ids,
+        )
+
+    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
+        """For each chunk that scores: log probabilities of the prompt tokens after its tokens.
+
+        The token at position p is predicted by the hidden state at p - 1: a chunk of positions [4, 8) of a prompt of
+        7 tokens scores positions 5 and 6.
+        """
+        scores: dict[int, list[TokenLogprobs]] = {}
+        first = 0
+        for index, chunk in enumerate(plan.chunks):
+            sequence, num_top = chunk.sequence, chunk.sequence.request.params.prompt_logprobs
+            if num_top is not None:
+                end = min(chunk.start + chunk.num_tokens, sequence.num_prompt - 1)
+                scored: list[TokenLogprobs] = []
+                for start in range(chunk.start, end, _SCORED_ROWS):
+                    stop = min(start + _SCORED_ROWS, end)
+                    rows = hidden[first + start - chunk.start : first + stop - chunk.start]
+                    targets = sequence.token_ids[start + 1 : stop + 1]
+                    scored += logprobs_of(self.model.logits(rows), targets, num_top)
+                scores[index] = scored
+            first += chunk.num_tokens
+        return scores

@@ -1,0 +1,204 @@
+"""Sampler: logits -> one token a row, for a whole batch at once.
+
+Order, as the HTTP contract has it: repetition, presence and frequency penalties, logit_bias, the ban on ending before
+min_tokens, temperature, top-k, top-p, min-p, draw. Log probabilities are of the untouched logits.
+
+A draw is a function of (seed, choice, position) and the distribution alone: replaying a preempted sequence, or
+running it in another batch, draws the same token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.types import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What the sampler needs to know of the sequence behind one row of logits."""
+
+    params: SamplingParams
+    seed: int
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+    end_ids: Sequence[int]
+    """Ids that would end the sequence: forbidden before min_tokens."""
+
+    @property
+    def position(self) -> int:
+        """How many tokens were generated before: the counter of the random stream."""
+        return len(self.output_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+    """One token for each row of `logits` [R, V] float32. Does not change `logits`."""
+    assert logits.shape[0] == len(rows)
+    chosen = _choose(_adjusted(logits, rows), rows)
+    token_ids: list[int] = chosen.tolist()
+    reports = _report(logits, chosen, [row.params.logprobs for row in rows])
+    return [Sampled(token_id, report) for token_id, report in zip(token_ids, reports, strict=True)]
+
+
+def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """The raw log probabilities of `token_ids` [R] under `logits` [R, V] float32, with the `num_top` best of each
+    row.
+    """
+    reports = _report(logits, torch.tensor(token_ids, device=logits.device), [num_top] * len(token_ids))
+    return [report for report in reports if report is not None]
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but the arguments, with 53 random bits.
+
+    Three rounds of SplitMix64's output function (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    generators", figure 16) absorb the words one after another.
+    """
+    state = 0
+    for word in (seed, choice, position):
+        state = _mix((state ^ (word & _MASK)) + 0x9E3779B97F4A7C15 & _MASK)
+    return (state >> 11) * 2.0**-53
+
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(z: int) -> int:
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return z ^ (z >> 31)
+
+
+def _adjusted(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """`logits` with penalties, bias and bans; the same tensor when no row asks for any."""
+    changed = logits
+    for index, row in enumerate(rows):
+        steps = _adjustments(row)
+        if steps and changed is logits:
+            changed = logits.clone()
+        for step in steps:
+            step(changed[index])
+    return changed
+
+
+def _adjustments(row: SamplingRow) -> list[Callable[[Tensor], None]]:
+    params = row.params
+    steps: list[Callable[[Tensor], None]] = []
+    if params.repetition_penalty != 1.0:
+        steps.append(lambda logits: _penalize_repetition(logits, row))
+    if params.presence_penalty or params.frequency_penalty:
+        steps.append(lambda logits: _penalize_counts(logits, row))
+    if params.logit_bias:
+        ids, biases = zip(*params.logit_bias, strict=True)
+        steps.append(lambda logits: _add(logits, ids, biases))
+    if len(row.output_ids) < params.min_tokens and row.end_ids:
+        steps.append(lambda logits: _add(logits, row.end_ids, [-torch.inf] * len(row.end_ids)))
+    return steps
+
+
+def _add(logits: Tensor, ids: Sequence[int], amounts: Sequence[float]) -> None:
+    logits.index_put_(
+        (torch.tensor(ids, device=logits.device),),
+        torch.tensor(amounts, dtype=logits.dtype, device=logits.device),
+        accumulate=True,
+    )
+
+
+def _penalize_repetition(logits: Tensor, row: SamplingRow) -> None:
+    """Keskar et al. 2019 (CTRL), section 4.1, over prompt and output; negative logits are multiplied, positive
+    divided.
+    """
+    seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), device=logits.device)
+    values = logits[seen]
+    penalty = row.params.repetition_penalty
+    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+
+
+def _penalize_counts(logits: Tensor, row: SamplingRow) -> None:
+    """OpenAI's presence and frequency penalties, over the output."""
+    if not row.output_ids:
+        return
+    ids, counts = np.unique(np.asarray(row.output_ids, dtype=np.int64), return_counts=True)
+    amounts = -row.params.presence_penalty - row.params.frequency_penalty * counts
+    _add(logits, ids.tolist(), amounts.tolist())
+
+
+def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """[R] int64: the most likely token of greedy rows, a drawn one of the others."""
+    chosen = logits.argmax(dim=-1)
+    drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
+    if drawn:
+        select = torch.tensor(drawn, device=logits.device)
+        chosen[select] = _draw(logits[select], [rows[index] for index in drawn])
+    return chosen
+
+
+def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    device = logits.device
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(-1)
+
+    logits = logits / column([row.params.temperature for row in rows])
+    filtered = [index for index, row in enumerate(rows) if row.params.top_k > 0 or row.params.top_p < 1.0]
+    if filtered:
+        select = torch.tensor(filtered, device=device)
+        logits[select] = _top_k_top_p(logits[select], [rows[index].params for index in filtered])
+    probabilities = torch.softmax(logits, dim=-1)
+    if any(row.params.min_p > 0.0 for row in rows):
+        floor = column([row.params.min_p for row in rows]) * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = torch.where(probabilities < floor, 0.0, probabilities)
+    # Inverse transform: the first token at which the running sum passes u times the whole. float64, so that the sum of
+    # a large vocabulary loses nothing.
+    cumulative = probabilities.double().cumsum(dim=-1)
+    draws = [uniform(row.seed, row.params.choice, row.position) for row in rows]
+    targets = torch.tensor(draws, dtype=torch.float64, device=device).unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+
+
+def _top_k_top_p(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Logits with -inf outside the top k and outside the nucleus (Holtzman et al. 2020, arXiv 1904.09751, section 3.1).
+
+    The nucleus is taken after top-k: the fewest most likely tokens whose probabilities reach top_p. At least one is
+    left.
+    """
+    size = logits.shape[-1]
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    limits = torch.tensor([min(p.top_k, size) if p.top_k > 0 else size for p in params], device=logits.device)
+    ordered = ordered.masked_fill(torch.arange(size, device=logits.device) >= limits.unsqueeze(-1), -torch.inf)
+    probabilities = torch.softmax(ordered, dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float32, device=logits.device).unsqueeze(-1)
+    outside = (before >= top_p) & (top_p < 1.0)
+    outside[:, 0] = False
+    return torch.empty_like(logits).scatter_(-1, order, ordered.masked_fill(outside, -torch.inf))
+
+
+def _report(logits: Tensor, chosen: Tensor, wanted: Sequence[int | None]) -> list[TokenLogprobs | None]:
+    """Log probabilities for the rows whose `wanted` (number of best tokens beside the chosen one) is not None."""
+    reports: list[TokenLogprobs | None] = [None] * len(wanted)
+    asked = [index for index, number in enumerate(wanted) if number is not None]
+    if not asked:
+        return reports
+    select = torch.tensor(asked, device=logits.device)
+    raw = torch.log_softmax(logits[select], dim=-1)
+    own = raw.gather(-1, chosen[select].unsqueeze(-1))
+    ranks = (raw > own).sum(dim=-1).add(1).tolist()
+    token_ids, values = chosen[select].tolist(), own.squeeze(-1).tolist()
+    best_values, best_ids = raw.topk(max(1, *(wanted[index] or 0 for index in asked), 1), dim=-1)
+    tops = zip(best_ids.tolist(), best_values.tolist(), strict=True)
+    for index, token_id, value, rank, (ids, top) in zip(asked, token_ids, values, ranks, tops, strict=True):
+        pairs = tuple(zip(ids, top, strict=True))[: wanted[index] or 0]
+        reports[index] = TokenLogprobs(token_id, value, rank, pairs)
+    return reports

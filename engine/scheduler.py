@@ -1,0 +1,140 @@
+"""Scheduler: which tokens of which sequences are computed in the next step. No tensors.
+
+Continuous batching (Yu et al. 2022, "Orca") under a token budget a step, with chunked prefill (Agrawal et al. 2023,
+arXiv 2308.16369): running decodes get their token first, prompts share what is left of the budget, so a long prompt
+never holds up a decode. Within each group the order is (priority, arrival), and the first in that order can always
+make room by preempting the last: it is never stuck.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+from engine.block_manager import BlockManager
+from engine.sequence import Sequence, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + num_tokens) of `sequence` are computed in this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk ends with the last known token, so that the next one can be sampled."""
+        return self.start + self.num_tokens == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step's work: decodes first, then prompt chunks."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+class Scheduler:
+    """Holds all live sequences. `waiting` and `running` are kept in (priority, arrival) order."""
+
+    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.blocks = blocks
+        # A running decode costs a token of every step, so more of them than the budget could not all advance.
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, at any moment between steps, and free its blocks."""
+        (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
+        self.blocks.free(sequence)
+        sequence.status = Status.FINISHED
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step: grants blocks, preempts where they run out, and admits what fits."""
+        step = _Step(self.max_num_batched_tokens)
+        for sequence in [s for s in self.running if s.num_remaining == 1]:
+            self._continue(sequence, step)
+        for sequence in [s for s in self.running if s.num_remaining > 1]:
+            self._continue(sequence, step)
+        if not step.preempted:
+            self._admit(step)
+        chunks = tuple(step.chunks.values())
+        for chunk in chunks:
+            assert chunk.sequence.status is Status.RUNNING
+        return StepPlan(chunks)
+
+    def _continue(self, sequence: Sequence, step: _Step) -> None:
+        """Give a running sequence its tokens of this step; take blocks from the last in order when none is free."""
+        num_tokens = min(sequence.num_remaining, step.budget)
+        if num_tokens == 0 or sequence.status is not Status.RUNNING:
+            return
+        end = sequence.num_computed + num_tokens
+        while self.blocks.num_needed(sequence, end) > self.blocks.num_free:
+            victim = self.running[-1]
+            if victim is sequence:
+                return  # everyone before it goes first; it keeps its blocks and waits a step
+            self._preempt(victim, step)
+        self._grant(sequence, num_tokens, step)
+
+    def _admit(self, step: _Step) -> None:
+        while self.waiting and step.budget and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            prefix = self.blocks.find_prefix(sequence)
+            # All its known tokens must fit, not only this step's chunk: a prompt that is let in half would be the
+            # first to be thrown out again.
+            if self.blocks.num_needed(sequence, sequence.num_tokens, prefix) > self.blocks.num_free:
+                return
+            self.waiting.pop(0)
+            self.blocks.take_prefix(sequence, prefix)
+            if not sequence.admitted:
+                sequence.admitted = True
+                sequence.num_cached = sequence.num_computed
+                self.blocks.record_query(sequence.num_tokens, sequence.num_cached)
+            sequence.status = Status.RUNNING
+            insort(self.running, sequence, key=lambda s: s.order)
+            self._grant(sequence, min(sequence.num_remaining, step.budget), step)
+
+    def _grant(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
+        end = sequence.num_computed + num_tokens
+        self.blocks.grow(sequence, end)
+        self.blocks.publish(sequence, end)
+        step.chunks[sequence.arrival] = Chunk(sequence, sequence.num_computed, num_tokens)
+        step.budget -= num_tokens
+
+    def _preempt(self, sequence: Sequence, step: _Step) -> None:
+        """Throw a running sequence out: its blocks are freed and its tokens will be computed again."""
+        chunk = step.chunks.pop(sequence.arrival, None)
+        if chunk is not None:
+            step.budget += chunk.num_tokens
+            self.blocks.retract(sequence)
+        self.running.remove(sequence)
+        self.blocks.free(sequence)
+        sequence.status = Status.WAITING
+        self.add(sequence)
+        self.num_preemptions += 1
+        step.preempted = True
+
+
+class _Step:
+    """A step while it is being planned."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.chunks: dict[int, Chunk] = {}
+        self.preempted = False

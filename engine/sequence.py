@@ -1,0 +1,76 @@
+"""Sequence: one request's state inside the core. Plain Python, no tensors."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from engine.types import FinishReason, Request, TokenLogprobs
+
+
+class Status(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Sequence:
+    """A prompt, what was generated so far, and how much of both is in the KV cache.
+
+    Positions [0, num_computed) are in the cache, in the blocks of `block_table`: position p lies in slot p %
+    block_size of block block_table[p // block_size]. Tokens [num_computed, num_tokens) are still to be computed: one
+    for a running decode, more for a prompt, and all of them again after a preemption.
+    """
+
+    __slots__ = (
+        "admitted",
+        "arrival",
+        "block_hashes",
+        "block_table",
+        "finish_reason",
+        "num_cached",
+        "num_computed",
+        "num_prompt",
+        "prompt_logprobs",
+        "request",
+        "seed",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, *, arrival: int, seed: int) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.seed = seed
+        self.token_ids = list(request.prompt_ids)
+        self.num_prompt = len(request.prompt_ids)
+        self.num_computed = 0
+        self.num_cached = 0
+        self.admitted = False
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.status = Status.WAITING
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: lower priority value, then earlier arrival."""
+        return self.request.priority, self.arrival
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that must be computed before the next one can be sampled."""
+        return len(self.token_ids) - self.num_computed
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request.request_id}, {self.num_computed}/{self.num_tokens} computed, {self.status.name})"
+        )

@@ -1,0 +1,192 @@
+"""EngineConfig -> a loaded model behind an executor: everything that happens before the first request."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+
+import torch
+from weights.reader import resolve
+
+from engine.backends.base import Backend
+from engine.backends.reference import ReferenceBackend
+from engine.backends.torch import TorchBackend
+from engine.config import EngineConfig
+from engine.errors import ConfigurationError
+from engine.executor import Executor, LocalExecutor
+from engine.memory import kv_cache_bytes, num_kv_blocks
+from engine.models.decoder import Decoder
+from engine.models.registry import build_model
+from engine.plan import (
+    activation_bytes,
+    active_params,
+    device_memory,
+    kv_bytes_per_token,
+    params_by_kind,
+    plan_model,
+)
+from engine.profile import measure_activations
+from engine.runner import Runner
+from engine.types import EngineInfo, MemoryUse
+from weights import dummy
+from weights.checkpoint import open_checkpoint
+from weights.config import ModelConfig, load_config
+from weights.families.mixtral import param_specs
+from weights.loader import load
+from weights.params import ParamSpec
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, EngineInfo]:
+    """Load the model and size the cache. Raises WeightsError for the checkpoint's faults, ConfigurationError for
+    ours.
+    """
+    _check_options(config)
+    device = pick_device(config.device)
+    path = resolve(config.model, revision=config.revision)
+    checkpoint = open_checkpoint(path) if config.load_format == "auto" else None
+    model_config = checkpoint.config if checkpoint is not None else load_config(path)
+    dtype_name = pick_dtype(config.dtype, model_config, device)
+    max_model_len = _max_model_len(config, model_config)
+    backend = make_backend(config.backend, param_specs(model_config), device=device, dtype=DTYPES[dtype_name])
+    model = build_model(model_config, backend)
+
+    _check_weights_fit(config, model_config, dtype_name, max_model_len, device)
+    if checkpoint is not None:
+        report = load(checkpoint, backend, progress=progress)
+    else:
+        report = dummy.load(model_config, backend, device=device, dtype=DTYPES[dtype_name], seed=config.seed)
+
+    activations = _activations(config, model_config, dtype_name, model)
+    bytes_per_token = kv_bytes_per_token(model_config, dtype_name)
+    num_blocks = num_kv_blocks(
+        kv_cache_bytes(config, device, activation_bytes=activations),
+        bytes_per_token=bytes_per_token,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+    )
+    cache = backend.new_kv_cache(model_config.num_layers, num_blocks, config.block_size, model.attention_shape)
+    runner = Runner(model, cache, eos_token_ids=frozenset(model_config.eos_token_ids))
+    params = params_by_kind(model_config)
+    itemsize = DTYPES[dtype_name].itemsize
+    info = EngineInfo(
+        model=config.model,
+        model_type=model_config.model_type,
+        device=_device_name(device),
+        dtype=dtype_name,
+        backend=backend.name,
+        vocab_size=model_config.vocab_size,
+        num_layers=model_config.num_layers,
+        num_experts=model_config.num_experts,
+        num_experts_per_tok=model_config.num_experts_per_tok,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        enable_prefix_caching=config.enable_prefix_caching,
+        eos_token_ids=model_config.eos_token_ids,
+        total_params=sum(params.values()),
+        active_params=active_params(model_config),
+        load_seconds=report.seconds,
+        load_bytes=report.num_bytes,
+        memory=MemoryUse(
+            weights={str(kind): number * itemsize for kind, number in params.items()},
+            kv_cache=num_blocks * config.block_size * bytes_per_token,
+            activations=activations,
+            total=device_memory(device.type),
+        ),
+        pid=os.getpid(),
+    )
+    return LocalExecutor(runner), info
+
+
+def pick_device(name: str) -> torch.device:
+    """auto -> the GPU where there is one, else the CPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(f"device {name!r} is not one of auto, cpu, cuda")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigurationError("device cuda was asked for, but torch sees no GPU")
+    return torch.device("cuda", 0) if available and name != "cpu" else torch.device("cpu")
+
+
+def pick_dtype(name: str, model_config: ModelConfig, device: torch.device) -> str:
+    """auto -> the checkpoint's dtype, but float16 instead of bfloat16 on a GPU that has none."""
+    if name == "auto":
+        name = model_config.dtype
+        if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            name = "float16"
+    if name not in DTYPES:
+        raise ConfigurationError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    return name
+
+
+def make_backend(name: str, specs: Iterable[ParamSpec], *, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend called `name`; auto is the torch backend."""
+    if name in ("auto", "torch"):
+        return TorchBackend(specs, device=device, dtype=dtype)
+    if name == "reference":
+        return ReferenceBackend(specs, device=device, dtype=dtype)
+    raise ConfigurationError(f"backend {name!r} is not one of auto, torch, reference")
+
+
+def _check_options(config: EngineConfig) -> None:
+    for field in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "kv_cache_memory_bytes"):
+        value = getattr(config, field)
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{field} must be at least 1, not {value}")
+    if config.max_num_queued_requests < 0:
+        raise ConfigurationError(f"max_num_queued_requests must be at least 0, not {config.max_num_queued_requests}")
+    if not (math.isfinite(config.gpu_memory_utilization) and 0 < config.gpu_memory_utilization <= 1):
+        raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], not {config.gpu_memory_utilization}")
+    if config.load_format not in ("auto", "dummy"):
+        raise ConfigurationError(f"load_format {config.load_format!r} is not one of auto, dummy")
+
+
+def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    context = model_config.max_position_embeddings
+    if config.max_model_len is None:
+        return context
+    if config.max_model_len > context:
+        raise ConfigurationError(
+            f"max_model_len {config.max_model_len} is over the model's context of {context} tokens"
+        )
+    return config.max_model_len
+
+
+def _check_weights_fit(
+    config: EngineConfig, model_config: ModelConfig, dtype: str, max_model_len: int, device: torch.device
+) -> None:
+    """End the start here, rather than in an allocation that fails late or in a machine that swaps."""
+    total = device_memory(device.type)
+    plan = plan_model(
+        model_config,
+        dtype=dtype,
+        memory_bytes=total,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+    )
+    if plan.weight_bytes > plan.budget_bytes:
+        raise ConfigurationError(
+            f"the weights take {plan.weight_bytes / 1e9:.1f} GB in {dtype}, this device has {total / 1e9:.1f} GB "
+            f"and may use {config.gpu_memory_utilization:.0%} of it; `mixserve plan` tells what would fit"
+        )
+
+
+def _activations(config: EngineConfig, model_config: ModelConfig, dtype: str, model: Decoder) -> int:
+    """Peak of one step: measured on a GPU, computed on the CPU, whose allocator does not tell."""
+    if model.backend.device.type == "cuda":
+        return measure_activations(model, config, model_config)
+    return activation_bytes(
+        model_config,
+        dtype,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,117 @@
+"""Chat templates: messages to the text of a prompt, in a Jinja sandbox configured as transformers configures its own.
+
+Templates come from the operator or the checkpoint, never from a request. They are still not trusted: they run without
+access to Python's internals, cannot change what they are given, and what they may write and loop over is bounded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.text.errors import TemplateError
+
+MAX_OUTPUT_CHARS = 16_000_000
+MAX_RANGE_STEPS = 1_000_000
+_MAX_MESSAGE_CHARS = 500
+
+
+class ChatTemplate:
+    """A compiled template. `variables` are what it may name beside the messages: bos_token, eos_token, …
+
+    Raises TemplateError when `source` is not a template.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _GenerationBlock]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(f"line {error.lineno}: {_one_line(error.message or '')}") from None
+        except RecursionError:
+            raise TemplateError("nested too deeply") from None
+        self._variables = dict(variables)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        """The prompt. Raises TemplateError when the template refuses the messages, fails, or writes or loops too much."""
+        parts: list[str] = []
+        num_chars = 0
+        try:
+            for part in self._template.generate(
+                **self._variables,
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                range=_bounded_range(),
+            ):
+                parts.append(part)
+                num_chars += len(part)
+                if num_chars > MAX_OUTPUT_CHARS:
+                    raise TemplateError(f"the chat template wrote more than {MAX_OUTPUT_CHARS:,} characters")
+        except TemplateError:
+            raise
+        except Exception as error:  # whatever its expressions raise: a template is a program of someone else
+            raise TemplateError(f"the chat template failed: {_one_line(str(error) or type(error).__name__)}") from error
+        return "".join(parts)
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` … `{% endgeneration %}` marks an assistant's words for training; here it is only its contents."""
+
+    tags = {"generation"}  # noqa: RUF012 (the base class declares an instance attribute)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _bounded_range() -> Callable[..., range]:
+    """`range` for one rendering, all of whose ranges together have at most MAX_RANGE_STEPS steps."""
+    left = MAX_RANGE_STEPS
+
+    def bounded(*args: int) -> range:
+        nonlocal left
+        steps = range(*args)
+        left -= len(steps)
+        if left < 0:
+            raise TemplateError(f"the chat template loops over more than {MAX_RANGE_STEPS:,} numbers")
+        return steps
+
+    return bounded
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is, where Jinja's own filter escapes <, >, & and ' for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise TemplateError(_one_line(str(message)))
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())[:_MAX_MESSAGE_CHARS]
