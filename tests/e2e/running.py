@@ -1,0 +1,94 @@
+"""A real `mixserve serve` in a process of its own, on a free port of 127.0.0.1."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def engine_process(self) -> psutil.Process:
+        """The server's only child."""
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    def metric(self, name: str) -> float:
+        """The value of an unlabelled-but-for-the-model metric."""
+        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+            if line.startswith(name) and line[len(name)] in " {":
+                return float(line.rsplit(" ", 1)[1])
+        raise AssertionError(f"no metric {name}")
+
+    def wait_for_metric(self, name: str, value: float, *, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.metric(name) != value:
+            assert time.monotonic() < deadline, f"{name} is {self.metric(name)}, not {value}"
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def running_server(*args: str, seconds: float = 120) -> Iterator[Server]:
+    """Start the server with `args`, wait until it is ready, and end it and its engine whatever happens."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "server", "serve", *args, "--port", str(port)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        server = Server(process, f"http://127.0.0.1:{port}", log)
+        try:
+            wait_until_ready(server, seconds)
+            yield server
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(process.pid).children(recursive=True)
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                for child in children:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+            process.wait(10)
+
+
+def wait_until_ready(server: Server, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        assert server.process.poll() is None, f"the server ended: {server.log_text()}"
+        assert time.monotonic() < deadline, f"the server does not get ready: {server.log_text()}"
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{server.url}/ready", timeout=5).status_code == 200:
+                return
+        time.sleep(0.1)

@@ -1,0 +1,149 @@
+"""The architecture as tests: dependencies point one way, imports stay cheap, files stay small."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import engine
+
+ROOT = Path(__file__).parent.parent
+MAX_LINES = 350
+
+MAY_IMPORT = {"server": {"engine", "weights"}, "engine": {"weights"}, "weights": set[str]()}
+
+# What an import of a module may load beside the standard library: a GPU box that only runs the engine has no more.
+BASICS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2"}
+EXCEPTIONS = {
+    "engine/wire.py": {"msgspec"},
+    "engine/client.py": {"msgspec"},
+    "engine/process.py": {"msgspec"},
+}
+
+FILES = [path.relative_to(ROOT) for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
+MODULES = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in FILES]
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    line: int
+    deferred: bool
+    """Inside a function or `if TYPE_CHECKING`: not run when the module is imported."""
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+
+def imports_of(source: str) -> list[Import]:
+    return list(_walk(ast.parse(source), deferred=False))
+
+
+def _walk(node: ast.AST, *, deferred: bool) -> Iterator[Import]:
+    match node:
+        case ast.Import(names=names):
+            yield from (Import(alias.name, node.lineno, deferred) for alias in names)
+        case ast.ImportFrom(module=module, level=level):
+            assert level == 0, f"line {node.lineno}: relative import"
+            assert module is not None
+            yield Import(module, node.lineno, deferred)
+        case ast.If(test=ast.Name(id="TYPE_CHECKING"), body=body, orelse=orelse):
+            for statement in body:
+                yield from _walk(statement, deferred=True)
+            for statement in orelse:
+                yield from _walk(statement, deferred=deferred)
+        case _:
+            inside = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for child in ast.iter_child_nodes(node):
+                yield from _walk(child, deferred=inside)
+
+
+def test_the_walk_sees_every_import() -> None:
+    source = """
+import a.b, c
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import d
+else:
+    import e
+try:
+    from f.g import h
+except ImportError:
+    pass
+class C:
+    import i
+    def method(self):
+        import j
+        if True:
+            from k import l
+"""
+    found = {(item.package, item.deferred) for item in imports_of(source)}
+    eager, deferred = {"a", "c", "typing", "e", "f", "i"}, {"d", "j", "k"}
+    assert found == {(name, False) for name in eager} | {(name, True) for name in deferred}
+
+
+def violations(packages: Iterable[str], wrong: Callable[[Path, Import], bool]) -> list[str]:
+    return [
+        f"{path}:{item.line} imports {item.module}"
+        for path in FILES
+        if path.parts[0] in packages
+        for item in imports_of((ROOT / path).read_text())
+        if wrong(path, item)
+    ]
+
+
+def test_dependencies_point_one_way() -> None:
+    def wrong(path: Path, item: Import) -> bool:
+        own = path.parts[0]
+        return item.package in MAY_IMPORT.keys() - MAY_IMPORT[own] - {own} | {"tests"}
+
+    assert violations(MAY_IMPORT, wrong) == []
+
+
+def test_engine_and_weights_import_only_basics() -> None:
+    """Anything else is imported inside the function that needs it."""
+
+    def wrong(path: Path, item: Import) -> bool:
+        allowed = sys.stdlib_module_names | MAY_IMPORT.keys() | BASICS | EXCEPTIONS.get(path.as_posix(), set())
+        return not item.deferred and item.package not in allowed
+
+    assert violations(("engine", "weights"), wrong) == []
+
+
+def test_server_imports_no_torch() -> None:
+    assert violations(("server",), lambda _, item: item.package == "torch" and not item.deferred) == []
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.endswith("__main__")])
+def test_every_module_can_be_imported(module: str) -> None:
+    importlib.import_module(module)
+
+
+@pytest.mark.parametrize("module", ["engine", "engine.config", "engine.types", "weights.config", "server.cli"])
+def test_importing_costs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_public_name_of_the_engine_resolves() -> None:
+    assert engine.__all__ == sorted(engine.__all__, key=lambda name: (not name.isupper(), name))
+    for name in engine.__all__:
+        assert getattr(engine, name).__name__ == name
+
+
+def test_a_name_the_engine_has_not_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'engine' has no attribute 'Nothing'"):
+        engine.Nothing  # noqa: B018
+
+
+def test_files_stay_small() -> None:
+    lengths = {path.as_posix(): len((ROOT / path).read_text().splitlines()) for path in FILES}
+    assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
