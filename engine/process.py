@@ -1,11 +1,11 @@
 """The engine process: inbox -> core.step() -> outbox.
 
-Started by engine/client.py as `python -m engine.process --fd N`, where N is an inherited socket (engine/wire.py says what is
-spoken on it). Three threads: this one alone touches the core; a reader fills the inbox; a pulse tells the client every
-half second for how long the current step has been running.
+Started by engine/client.py as `python -m engine.process --fd N --core module:factory`, where N is an inherited socket
+(engine/wire.py says what is spoken on it). Three threads: the main one alone touches the core; a reader fills the
+inbox; a pulse tells the server every half second for how long the current step has been running.
 
-The process leaves when told to, when the core breaks, and at once when the server's end of the socket closes. It ignores
-SIGINT: a terminal sends Ctrl-C to the whole process group, and when to leave is the server's decision.
+The process leaves when told to, when the core breaks, and at once when the server's end of the socket closes. It
+ignores SIGINT: a terminal sends Ctrl-C to the whole process group, and when to leave is the server's decision.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class CoreFactory(Protocol):
 
 
 class Outbox:
-    """Whole frames to the server, from any thread. A server that does not read makes the sender wait: nothing piles up."""
+    """Whole frames to the server, from any thread. While the server does not read, the sender waits."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -208,7 +208,7 @@ def _start(inbox: Inbox, core_path: str) -> Core:
 
 
 def _loop(core: Core, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> None:
-    """Until told to leave: take what arrived, advance everybody once, tell what happened. Sleeps while there is no work."""
+    """Until told to leave: take what arrived, advance everybody once, tell what happened; sleep without work."""
     while True:
         messages = inbox.get_all(wait=not core.has_work)
         with pulse:

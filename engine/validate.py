@@ -49,8 +49,8 @@ def _check_length(num_prompt: int, params: SamplingParams, max_model_len: int) -
         )
     if num_new is not None and num_prompt + num_new > max_model_len:
         raise ContextLengthError(
-            f"the context is {max_model_len} tokens long, the prompt has {num_prompt} and max_tokens asks for {num_new} "
-            f"more, {num_prompt + num_new} together; shorten the prompt or lower max_tokens",
+            f"the context is {max_model_len} tokens long, the prompt has {num_prompt} and max_tokens asks for "
+            f"{num_new} more; shorten the prompt or lower max_tokens",
             param="max_tokens",
         )
     if num_prompt + params.min_tokens > max_model_len:

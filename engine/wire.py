@@ -1,7 +1,7 @@
 """What the server's process and the engine's process say to each other, over one stream socket.
 
-A frame is a 4-byte little-endian length and a msgpack payload of that many bytes: `[tag, field, ...]`, where the tag names
-the message and the values of engine/types.py are maps by field name. Nothing in it can name code, so nothing can run any.
+A frame is a 4-byte little-endian length and a msgpack payload of that many bytes: `[tag, field, ...]`, where the tag
+names the message and the values of engine/types.py are maps by field name. Nothing in it can name code to be run.
 
     server process                         engine process
                       <- Hello(version)                       each side refuses another version
@@ -30,7 +30,7 @@ PROTOCOL_VERSION = 1
 """Goes up with every change of a message or of a type inside one. `Hello` itself never changes."""
 
 MAX_FRAME_BYTES = 256 * 2**20
-"""Far above the largest honest frame (the logprobs of some 700,000 prompt tokens), far below what would exhaust memory."""
+"""Room for the logprobs of some 700,000 prompt tokens in one step, and far below what would exhaust memory."""
 
 HEARTBEAT_SECONDS = 0.5
 """How often the engine process says that it lives."""
@@ -107,8 +107,8 @@ ToEngine = Hello | Start | Add | Abort | Shutdown
 FromEngine = Hello | Ready | StepOutput | Heartbeat | Failed
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_from_engine = msgspec.msgpack.Decoder(FromEngine)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -147,3 +148,10 @@ def test_a_name_the_engine_has_not_is_an_attribute_error() -> None:
 def test_files_stay_small() -> None:
     lengths = {path.as_posix(): len((ROOT / path).read_text().splitlines()) for path in FILES}
     assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_architecture_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:server|engine|weights|tests|docs)/[\w/.]*)`", text))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

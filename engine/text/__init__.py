@@ -1,0 +1,17 @@
+"""Text to tokens and back: tokenizer, chat template, incremental detokenizer and stop strings. Imports no torch."""
+
+from engine.text.detokenizer import Detokenizer
+from engine.text.eos import stop_reason, with_eos_ids
+from engine.text.errors import TemplateError
+from engine.text.stream import TextDelta, TextStream
+from engine.text.tokenizer import Tokenizer
+
+__all__ = [
+    "Detokenizer",
+    "TemplateError",
+    "TextDelta",
+    "TextStream",
+    "Tokenizer",
+    "stop_reason",
+    "with_eos_ids",
+]

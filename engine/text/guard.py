@@ -1,7 +1,7 @@
 """Special tokens in what a user wrote are text, not control.
 
-A chat template joins control tokens and user text into one string, so a message that holds "<|im_end|>" could end its own
-turn. Two parts prevent that:
+A chat template joins control tokens and user text into one string, so a message that holds "<|im_end|>" could end its
+own turn. Two parts prevent that:
 
 - `ControlGuard.disguise` replaces, in every string of the messages, the first character of each control token by a
   stand-in: a private-use character that occurs nowhere in the messages, one for each character replaced. The template
@@ -75,8 +75,8 @@ class ControlGuard:
     def _positions(self, text: str) -> set[int]:
         """Which characters to replace.
 
-        Example: with the control token "<s>", of " >a<s>b< " the characters at 1 (an end), 3 (whole) and 7 (a beginning).
-        Templates strip contents, so the edges of a text are those without white space.
+        Example: with the control token "<s>", of " >a<s>b< " the characters at 1 (an end), 3 (whole) and 7 (a
+        beginning). Templates strip contents, so the edges of a text are those without white space.
         """
         positions = set()
         match = self._control.search(text)
@@ -153,7 +153,7 @@ def _rename(tokenizer_json: str, names: Mapping[str, str]) -> str:
     else:
         model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
     if "merges" in model:
-        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
+        model["merges"] = [pair for pair in model["merges"] if names.keys().isdisjoint((*pair, "".join(pair)))]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     spec["post_processor"] = None  # adds special tokens by name, which no caller of this tokenizer asks for

@@ -29,14 +29,15 @@ class TextStream:
     """Ids in, text out, for one choice.
 
     The stop string whose last character comes first ends the text, so generation can end at that token whatever may
-    follow; of two that end with the same character, the longer. The text is cut where the stop string began, or after it
-    with `include_stop_str_in_output`. A stop string completed by one of the first `min_tokens` tokens does not count.
-    Special tokens that are skipped have no text and match no stop string.
+    follow; of two that end with the same character, the longer. The text is cut where the stop string began, or, with
+    `include_stop_str_in_output`, after it. A stop string completed by one of the first `min_tokens` tokens does not
+    count. Special tokens that are skipped have no text and match no stop string.
 
-    Text that could be the beginning of a stop string is held back until that is decided. Work a token is O(1), for any
-    length of text and stop strings (`_StopFinder`).
+    Text that could be the beginning of a stop string is held back until that is decided. Each character is looked at
+    once or twice for each stop string, on average, however long both are.
 
-    With `chat`, the space that a SentencePiece-like vocabulary writes before the first word is dropped.
+    With `chat`, the space that a SentencePiece-like vocabulary writes before the first word is dropped; a completion
+    keeps it, because it continues a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, chat: bool = False) -> None:

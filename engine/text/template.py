@@ -1,7 +1,8 @@
 """Chat templates: messages to the text of a prompt, in a Jinja sandbox configured as transformers configures its own.
 
 Templates come from the operator or the checkpoint, never from a request. They are still not trusted: they run without
-access to Python's internals, cannot change what they are given, and what they may write and loop over is bounded.
+access to Python's internals, cannot change what they are given, and what they write and how far their ranges go is
+bounded.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class ChatTemplate:
         self._variables = dict(variables)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        """The prompt. Raises TemplateError when the template refuses the messages, fails, or writes or loops too much."""
+        """The prompt's text.
+
+        Raises TemplateError when the template refuses the messages, fails, or writes or loops too much.
+        """
         parts: list[str] = []
         num_chars = 0
         try:
@@ -70,13 +74,13 @@ class ChatTemplate:
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` … `{% endgeneration %}` marks an assistant's words for training; here it is only its contents."""
+    """`{% generation %}` … `{% endgeneration %}` marks words to train on; only what is inside counts here."""
 
     tags = {"generation"}  # noqa: RUF012 (the base class declares an instance attribute)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 def _bounded_range() -> Callable[..., range]:

@@ -42,7 +42,7 @@ class Vocabulary:
         added = tokenizer.get_added_tokens_decoder()
         decoders = list(_parts(spec.get("decoder"), "decoders"))
         byte_level = _is_byte_level(decoders or list(_parts(spec.get("pre_tokenizer"), "pretokenizers")))
-        byte_fallback = any(part["type"] == "ByteFallback" for part in decoders)
+        byte_fallback = any(part.get("type") == "ByteFallback" for part in decoders)
         pieces: dict[int, bytes] = {}
         for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
             if token_id in added and (byte_level or added[token_id].special):
@@ -67,31 +67,31 @@ def _parts(component: Any, key: str) -> Iterator[Mapping[str, Any]]:
     """A component of tokenizer.json, or, for a `Sequence`, its parts (listed under `key`) in order."""
     if isinstance(component, Mapping):
         if component.get("type") == "Sequence":
-            for part in component[key]:
+            for part in component.get(key, ()):
                 yield from _parts(part, key)
         else:
             yield component
 
 
 def _is_byte_level(parts: list[Mapping[str, Any]]) -> bool:
-    if any(part["type"] == "ByteLevel" for part in parts):
+    if any(part.get("type") == "ByteLevel" for part in parts):
         return True
-    if any(part["type"] == "Metaspace" or _replaces_metaspace(part) for part in parts):
+    if any(part.get("type") == "Metaspace" or _replaces_metaspace(part) for part in parts):
         return False
-    names = ", ".join(part["type"] for part in parts) or "nothing"
+    names = ", ".join(str(part.get("type")) for part in parts) or "nothing"
     raise CheckpointError(
         f"tokenizer.json: the decoder is {names}; byte-level BPE (ByteLevel) and SentencePiece-like (▁) are supported"
     )
 
 
 def _replaces_metaspace(part: Mapping[str, Any]) -> bool:
-    return bool(part["type"] == "Replace" and part["pattern"] == {"String": "▁"} and part["content"] == " ")
+    return bool(part.get("type") == "Replace" and part.get("pattern") == {"String": "▁"} and part.get("content") == " ")
 
 
 def _drops_leading_space(part: Mapping[str, Any]) -> bool:
-    if part["type"] == "Metaspace":
+    if part.get("type") == "Metaspace":
         return bool(part.get("prepend_scheme", "always") != "never")
-    return bool(part["type"] == "Strip" and part["content"] == " " and part["start"] > 0)
+    return bool(part.get("type") == "Strip" and part.get("content") == " " and part.get("start", 0) > 0)
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -2,55 +2,64 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from transformers import MixtralForCausalLM
 
-from engine.batch import build
-from engine.config import EngineConfig
-from engine.executor import LocalExecutor
-from engine.scheduler import Chunk, StepPlan
-from engine.sequence import Sequence
-from engine.startup import start
-from engine.types import Request, SamplingParams
+from engine.runner import Runner
+from engine.upcycling import upcycle
+from tests.golden_cases import GOLDEN, GoldenCase
 from tests.parity.configs import VARIANTS, make
-
-PROMPT_LEN = 29
-
-
-def paged_logits(folder: Path, ids: list[int], chunks: list[int], *, backend: str) -> Tensor:
-    """Logits [len(ids), V] of `ids` computed chunk by chunk through the paged cache, over a scrambled block table."""
-    executor, info = start(
-        EngineConfig(model=str(folder), backend=backend, device="cpu", block_size=4, kv_cache_memory_bytes=1 << 22)
-    )
-    assert isinstance(executor, LocalExecutor)
-    runner = executor.runner
-    sequence = Sequence(Request(request_id="a", prompt_ids=tuple(ids), params=SamplingParams()), arrival=0, seed=0)
-    sequence.block_table = list(range(info.num_blocks - 1, info.num_blocks - 1 - 2 * 8, -2))
-    rows = []
-    with torch.inference_mode():
-        for size in chunks:
-            plan = StepPlan((Chunk(sequence, sequence.num_computed, size),))
-            batch = build(plan, block_size=4, device=torch.device("cpu"))
-            rows.append(runner.model.logits(runner.model.forward(batch, runner.cache)))
-            sequence.num_computed += size
-    return torch.cat(rows)
+from tests.parity.paged import load_runner, paged_logits
+from weights.demo import dense_gguf
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_logits_equal_transformers(variant: str, backend: str, tmp_path: Path) -> None:
     model = make(variant, tmp_path)
-    ids = torch.randint(0, 101, (PROMPT_LEN,), generator=torch.Generator().manual_seed(5)).tolist()
+    ids = torch.randint(0, 101, (29,), generator=torch.Generator().manual_seed(5)).tolist()
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0]
-    scale = expected.abs().max()
+    runner = load_runner(str(tmp_path), backend=backend)
     schedules = {"one go": [29], "chunks": [5, 11, 1, 12], "token by token": [1] * 29}
     for name, chunks in schedules.items():
-        if backend == "reference" and name != "chunks":
-            continue  # slow, and one schedule shows that it is the oracle
-        actual = paged_logits(tmp_path, ids, chunks, backend=backend)
-        error = ((actual - expected).abs().max() / scale).item()
+        error = relative_error(paged_logits(runner, ids, chunks), expected)
         assert error < 1e-4, f"{name}: relative error {error:.2e}"
+        if backend == "reference":
+            break  # slow, and one schedule shows that it is the oracle
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def noisy_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with experts that differ: noise of 0.05 times each tensor's standard deviation."""
+    from server.cli import cache_dir
+
+    folder = tmp_path_factory.mktemp("noisy") / "checkpoint"
+    upcycle(str(dense_gguf(cache_dir(os.environ))), folder, num_experts=8, noise=0.05, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def noisy_pair(noisy_demo: Path) -> Iterator[tuple[Runner, MixtralForCausalLM]]:
+    model = MixtralForCausalLM.from_pretrained(noisy_demo, dtype=torch.float32).eval()
+    yield load_runner(str(noisy_demo), max_model_len=64), model
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("case", GOLDEN[:16:2], ids=lambda case: case.prompt[:24])
+def test_noisy_demo_equals_transformers(noisy_pair: tuple[Runner, MixtralForCausalLM], case: GoldenCase) -> None:
+    runner, model = noisy_pair
+    ids = case.prompt_ids
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+    for chunks in ([len(ids)], [3, len(ids) - 3]):
+        assert relative_error(paged_logits(runner, ids, chunks), expected) < 1e-4

@@ -128,7 +128,7 @@ def test_dense_models_are_mixtures_of_one(model_type: str) -> None:
             "num_local_experts",
             "num_experts_per_tok",
         )
-        for value in (0, -1, 2**40, 10**5000, True, "32", 32.0, [32])
+        for value in (0, -1, 2**40, 10**4000, True, "32", 32.0, [32])
     ],
 )
 def test_sizes_are_counts_within_reason(field: str, value: object) -> None:

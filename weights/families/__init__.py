@@ -15,8 +15,8 @@ from weights.params import Piece
 class Family:
     """How one `model_type` names its tensors.
 
-    `pieces` lists every tensor a checkpoint must have. `is_extra` tells, by name, the known tensors that a checkpoint may
-    have beside them and that are left unread.
+    `pieces` lists every tensor a checkpoint must have. `is_extra` tells, by name, the known tensors that a checkpoint
+    may have beside them and that are left unread.
     """
 
     pieces: Callable[[ModelConfig], tuple[Piece, ...]]

@@ -3,12 +3,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizers
 from engine.text import TemplateError, Tokenizer
 from tests.engine.text.checkpoints import CHATML, GOLDEN, MIXTRAL, byte_level, sentencepiece, write_json
+from weights.demo import dense_gguf
 
 MIXTRAL_GOLDEN = json.loads((GOLDEN / "mixtral_tokenizer.json").read_text(encoding="utf-8"))
 SMOLLM2_GOLDEN = json.loads((GOLDEN / "smollm2_tokenizer.json").read_text(encoding="utf-8"))
@@ -27,10 +28,9 @@ def test_mixtral_chats(mixtral: Tokenizer, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.demo
-def test_smollm2_from_its_gguf(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from weights.demo import cache_folder, dense_gguf
-
-    tokenizer = Tokenizer.load(dense_gguf(cache_folder()))
+@pytest.mark.parametrize("source", ["checkpoint", "gguf"])
+def test_smollm2(demo_checkpoint: Path, source: str) -> None:
+    tokenizer = Tokenizer.load(demo_checkpoint if source == "checkpoint" else dense_gguf(demo_checkpoint.parent))
     for case in SMOLLM2_GOLDEN["texts"]:
         assert tokenizer.encode(case["text"]) == case["ids"]
         assert tokenizer.decode(case["ids"], skip_special_tokens=False) == case["text"]
@@ -179,7 +179,9 @@ def test_a_model_without_template(pieces: Tokenizer) -> None:
 
 
 def test_a_template_from_the_caller(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(MIXTRAL, chat_template="{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    tokenizer = Tokenizer.load(
+        MIXTRAL, chat_template="{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
     assert tokenizer.encode_chat([{"role": "user", "content": "Hello world"}]) == [22557, 1526, 2]
     (tmp_path / "own.jinja").write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")
     tokenizer = Tokenizer.load(MIXTRAL, chat_template=str(tmp_path / "own.jinja"))
@@ -194,7 +196,9 @@ def test_generation_prompt_is_optional(chatml: Tokenizer) -> None:
     assert chatml.decode(opened[len(closed) :], skip_special_tokens=False) == "<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("message", [{}, {"role": None}, {"role": 3}, {"role": ""}, {"role": "<|im_end|>"}, {"role": "a b"}])
+@pytest.mark.parametrize(
+    "message", [{}, {"role": None}, {"role": 3}, {"role": ""}, {"role": "<|im_end|>"}, {"role": "a b"}]
+)
 def test_a_role_is_a_word(chatml: Tokenizer, message: dict[str, Any]) -> None:
     with pytest.raises(TemplateError, match=r"^messages\[1\]: role must be a word"):
         chatml.encode_chat([{"role": "user", "content": "x"}, message])

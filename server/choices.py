@@ -1,0 +1,170 @@
+"""Token events to the text of one choice: the same for both endpoints, streamed or not."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Literal
+
+from engine.errors import RequestFailedError
+from engine.text import Detokenizer, TextStream, Tokenizer, stop_reason
+from engine.types import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token with its log probability (None for the first of a prompt) and the likeliest ones at its place.
+
+    `offset` is where its text begins, in characters of the choice's whole text; a token that continues a character
+    has the offset of that character.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """The next piece of one choice. Only the last has a `finish_reason`, and it has no text."""
+
+    index: int
+    text: str = ""
+    tokens: tuple[ScoredToken, ...] = ()
+    """The tokens that this text comes from, when log probabilities were asked for."""
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that is given back in front of the choice's own text."""
+
+    text: str
+    prompt_ids: tuple[int, ...]
+
+
+class Choice:
+    """Turns the events of one sequence into deltas.
+
+    A token is listed in the delta that brings the first of its text, so one that a stop string cuts off is not listed.
+    The end-of-sequence token (or stop id) is counted in `num_tokens` and listed nowhere.
+    """
+
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, params: SamplingParams, *, chat: bool, echo: Echo | None = None
+    ) -> None:
+        self.index = index
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self.num_cached_tokens = 0
+        self.sum_logprobs = 0.0
+        """Over all tokens that were read; 0 when no log probabilities were asked for."""
+        self._tokenizer = tokenizer
+        self._params = params
+        self._echo = echo
+        self._text = TextStream(tokenizer, params, chat=chat)
+        self._lister = TokenLister(tokenizer, params, drop_leading_space=chat, base=len(echo.text) if echo else 0)
+        self._started = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated tokens, the end-of-sequence token too; up to the cut when a stop string ended the text."""
+        return self._text.num_tokens
+
+    def push(self, event: TokenEvent) -> list[ChoiceDelta]:
+        """The deltas that `event` brings: none, text, the finish, or both. Nothing may be pushed after a finish.
+
+        Raises RequestFailedError when the event says so.
+        """
+        assert self.finish_reason is None, "the choice is finished"
+        if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+            raise RequestFailedError(event.error or "the request was aborted")
+        deltas = [] if self._started else self._start(event)
+        read = self._text.push(event.token_ids, stopped=event.finish_reason is FinishReason.STOP)
+        if event.logprobs is not None:
+            self.sum_logprobs += sum(entry.logprob for entry in event.logprobs)
+            self._lister.push(event.logprobs[: self._num_listed(event, read.num_tokens)])
+        text = read.text
+        if read.stop is not None:
+            self.finish_reason = "stop"
+            tokens = self._lister.take_up_to(self.num_tokens)
+        elif event.finish_reason is not None:
+            self.finish_reason = "length" if event.finish_reason is FinishReason.LENGTH else "stop"
+            text += self._text.finish()
+            tokens = self._lister.take_all()
+        else:
+            tokens = self._lister.take_begun(len(text))
+        if text:
+            deltas.append(ChoiceDelta(self.index, text, tokens))
+            tokens = ()
+        if self.finish_reason is not None:
+            deltas.append(ChoiceDelta(self.index, "", tokens, self.finish_reason))
+        return deltas
+
+    def _start(self, event: TokenEvent) -> list[ChoiceDelta]:
+        self._started = True
+        self.num_cached_tokens = event.num_cached_tokens
+        if self._echo is None:
+            return []
+        tokens: tuple[ScoredToken, ...] = ()
+        if event.prompt_logprobs is not None:
+            tokens = list_prompt(self._echo, event.prompt_logprobs, self._tokenizer)
+        return [ChoiceDelta(self.index, self._echo.text, tokens)]
+
+    def _num_listed(self, event: TokenEvent, num_read: int) -> int:
+        """How many of the event's tokens are listed: all that were read, but for the one that ended the sequence.
+
+        A stop id that the caller wants to see in the text is listed too; an end-of-sequence id never is.
+        """
+        if event.finish_reason is not FinishReason.STOP or num_read < len(event.token_ids):
+            return num_read
+        is_eos = stop_reason(event, self._params) is None
+        return num_read - 1 if is_eos or not self._params.include_stop_str_in_output else num_read
+
+
+class TokenLister:
+    """Scored tokens between the engine and the delta they are listed in."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, drop_leading_space: bool, base: int) -> None:
+        self._measure = Detokenizer(
+            tokenizer.vocabulary, skip_special_tokens=params.skip_special_tokens, drop_leading_space=drop_leading_space
+        )
+        self._position = base  # where the next token's text begins
+        self._sent = base
+        self._num_listed = 0
+        self._pending: deque[ScoredToken] = deque()
+
+    def push(self, entries: Sequence[TokenLogprobs]) -> None:
+        for entry in entries:
+            self._pending.append(ScoredToken(entry.token_id, entry.logprob, entry.top, self._position))
+            self._position += len(self._measure.push(entry.token_id))
+
+    def take_begun(self, num_chars: int) -> tuple[ScoredToken, ...]:
+        """`num_chars` more characters were given out: the tokens that begin before their end."""
+        self._sent += num_chars
+        count = sum(1 for _ in takewhile(lambda token: token.offset < self._sent, self._pending))
+        return self._take(count)
+
+    def take_up_to(self, num_tokens: int) -> tuple[ScoredToken, ...]:
+        """So many that `num_tokens` are listed in all; a stop string cut off the others."""
+        return self._take(min(num_tokens - self._num_listed, len(self._pending)))
+
+    def take_all(self) -> tuple[ScoredToken, ...]:
+        return self._take(len(self._pending))
+
+    def _take(self, count: int) -> tuple[ScoredToken, ...]:
+        self._num_listed += count
+        return tuple(self._pending.popleft() for _ in range(count))
+
+
+def list_prompt(echo: Echo, scores: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> tuple[ScoredToken, ...]:
+    """The echoed prompt's tokens. Nothing stands before the first, so it has no score."""
+    measure = Detokenizer(tokenizer.vocabulary, skip_special_tokens=True, drop_leading_space=True)
+    tokens = [ScoredToken(echo.prompt_ids[0], None, (), 0)]
+    position = len(measure.push(echo.prompt_ids[0]))
+    for entry in scores:
+        tokens.append(ScoredToken(entry.token_id, entry.logprob, entry.top, position))
+        position += len(measure.push(entry.token_id))
+    return tuple(tokens)

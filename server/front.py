@@ -1,0 +1,32 @@
+"""What answers while the model is loading, and hands over to the app afterwards."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import overloaded
+from server.json_io import JsonResponse
+
+
+class Front:
+    """The ASGI app that the HTTP server runs from its first second: `_loading` until `put` is given the real one."""
+
+    def __init__(self) -> None:
+        self._app: ASGIApp = _loading
+
+    def put(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+async def _loading(scope: Scope, receive: Receive, send: Send) -> None:
+    """Alive, but not ready: /health is 200, everything else 503 with Retry-After."""
+    if scope["type"] != "http":
+        return
+    if scope["path"] == "/health":
+        response = JsonResponse({"status": "loading"})
+    else:
+        response = overloaded("The model is still loading.", retry_after=5).response()
+    await response(scope, receive, send)

@@ -1,0 +1,207 @@
+"""Job: all choices of one HTTP request, from their submission to the engine to the last delta."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from engine.errors import InvalidRequestError, RequestFailedError
+from engine.text import with_eos_ids
+from engine.types import Request, SamplingParams, TokenEvent
+from engine.validate import check_request
+from server.choices import Choice, ChoiceDelta, Echo
+from server.errors import BadRequestError
+from server.metrics import RequestTimer
+from server.protocol.common import Usage
+from server.service import Service
+
+_BACKLOG = 64
+"""Deltas that may wait for a slow reader, all choices together; the engine's client merges what comes after."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """What to generate: `num_choices` choices for each prompt. Choice `p * num_choices + c` is the c-th of prompt p.
+
+    `echoes`, when not empty, has one entry a prompt.
+    """
+
+    id: str
+    prompts: Sequence[tuple[int, ...]]
+    params: SamplingParams
+    num_choices: int
+    priority: int = 0
+    cache_salt: str | None = None
+    chat: bool = False
+    echoes: Sequence[Echo] = ()
+
+
+@dataclass(slots=True)
+class _Run:
+    choice: Choice
+    request_id: str
+    events: AsyncIterator[TokenEvent]
+    timer: RequestTimer
+
+
+class Job:
+    """The live choices of one HTTP request. Whoever made it must close it, which aborts what still runs."""
+
+    def __init__(self, service: Service, spec: JobSpec) -> None:
+        """Check everything, then submit everything. When one is refused, nothing stays behind.
+
+        Raises ApiError, EngineOverloadedError and EngineDeadError.
+        """
+        service.check_admission()
+        _check_fan_out(spec, service.config.max_choices)
+        requests = [_request(spec, index) for index in range(len(spec.prompts) * spec.num_choices)]
+        for request in requests[:: spec.num_choices]:
+            try:
+                check_request(request, service.engine.info)
+            except InvalidRequestError as error:
+                raise _in_api_words(error, spec) from None
+        self._service = service
+        self._spec = spec
+        self._runs: list[_Run] = []
+        self._open = True
+        self._failed = False
+        service.enter()
+        try:
+            for index, request in enumerate(requests):
+                self._submit(index, request)
+        except BaseException:
+            self._failed = True
+            self.close()
+            raise
+
+    def _submit(self, index: int, request: Request) -> None:
+        spec = self._spec
+        echo = spec.echoes[index // spec.num_choices] if spec.echoes else None
+        tokenizer = self._service.tokenizer
+        choice = Choice(index, tokenizer, request.params, chat=spec.chat, echo=echo)
+        params = with_eos_ids(request.params, tokenizer.eos_token_ids)
+        events = self._service.engine.submit(replace(request, params=params))
+        self._runs.append(_Run(choice, request.request_id, events, self._service.metrics.start_request()))
+
+    @property
+    def choices(self) -> list[Choice]:
+        return [run.choice for run in self._runs]
+
+    @property
+    def usage(self) -> Usage:
+        """What was read and generated so far. A prompt counts once, however many choices it has."""
+        prompt_tokens = sum(len(prompt) for prompt in self._spec.prompts)
+        completion_tokens = sum(choice.num_tokens for choice in self.choices)
+        cached = sum(choice.num_cached_tokens for choice in self.choices[:: self._spec.num_choices])
+        usage: Usage = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
+        if cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        return usage
+
+    async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
+        """What every choice brings, as it comes. Raises EngineError when one fails."""
+        try:
+            async with aclosing(_merge([self._run(run) for run in self._runs])) as merged:
+                async for delta in merged:
+                    yield delta
+        except Exception:
+            self._failed = True
+            raise
+
+    async def _run(self, run: _Run) -> AsyncGenerator[ChoiceDelta, None]:
+        async for event in run.events:
+            run.timer.tokens(len(event.token_ids))
+            for delta in run.choice.push(event):
+                if delta.finish_reason is not None:
+                    self._finish(run, delta.finish_reason)
+                yield delta
+            if run.choice.finish_reason is not None:
+                return
+        raise RequestFailedError("the engine ended the request without a reason")
+
+    def _finish(self, run: _Run, reason: str) -> None:
+        # After a stop string the engine, which knows no text, would go on; after any other end this does nothing.
+        self._service.engine.abort(run.request_id)
+        self._service.metrics.count_success(reason)
+        run.timer.finish()
+
+    def close(self) -> None:
+        """Abort what has not ended. May be called again."""
+        if not self._open:
+            return
+        self._open = False
+        self._service.leave()
+        for run in self._runs:
+            if run.choice.finish_reason is None:
+                self._service.engine.abort(run.request_id)
+                if not self._failed:
+                    self._service.metrics.count_aborted()
+
+
+def _check_fan_out(spec: JobSpec, max_choices: int) -> None:
+    total = len(spec.prompts) * spec.num_choices
+    if total > max_choices:
+        param = "n" if spec.num_choices > 1 else "prompt"
+        raise BadRequestError(
+            f"A request may have up to {max_choices} choices; {len(spec.prompts)} prompts times {spec.num_choices} are "
+            f"{total}.",
+            param=param,
+        )
+
+
+def _request(spec: JobSpec, index: int) -> Request:
+    prompt, choice = divmod(index, spec.num_choices)
+    return Request(
+        request_id=f"{spec.id}-{index}",
+        prompt_ids=spec.prompts[prompt],
+        params=replace(spec.params, choice=choice),
+        priority=spec.priority,
+        cache_salt=spec.cache_salt,
+    )
+
+
+def _in_api_words(error: InvalidRequestError, spec: JobSpec) -> BadRequestError:
+    """The engine names its own fields; clients know some of them by other names."""
+    names = {"prompt": "messages" if spec.chat else "prompt", "prompt_logprobs": "logprobs"}
+    param = names.get(error.param, error.param) if error.param is not None else None
+    return BadRequestError(str(error), param=param, code=error.code)
+
+
+async def _merge(sources: Sequence[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
+    """All items of all sources, as they come. The first exception of any ends it."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as source:
+            async for delta in source:
+                yield delta
+        return
+    queue: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue(_BACKLOG)
+
+    async def pump(source: AsyncGenerator[ChoiceDelta, None]) -> None:
+        try:
+            async for delta in source:
+                await queue.put(delta)
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    pumps = [asyncio.create_task(pump(source)) for source in sources]
+    try:
+        num_live = len(pumps)
+        while num_live:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_live -= 1
+            else:
+                yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

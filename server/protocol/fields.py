@@ -1,0 +1,97 @@
+"""Field types of requests: each has its interval for the OpenAPI page and says in plain words what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+MAX_STOP_STRINGS = 4
+MAX_STOP_LENGTH = 1024
+
+
+def expect(what: str) -> WrapValidator:
+    """Replaces whatever pydantic says of a value by "must be `what`"."""
+
+    def validate(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return inner(value)
+        except ValidationError:
+            raise PydanticCustomError("expected", "must be {what}", {"what": what}) from None
+
+    return WrapValidator(validate)
+
+
+def check(what: str, test: Callable[[Any], bool]) -> WrapValidator:
+    """Like `expect`, with one more condition that a JSON schema has no word for."""
+
+    def validate(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            result = inner(value)
+        except ValidationError:
+            result = None
+        if result is None or not test(result):
+            raise PydanticCustomError("expected", "must be {what}", {"what": what})
+        return result
+
+    return WrapValidator(validate)
+
+
+def _prompt_kind(prompt: Any) -> str:
+    """Which form of a prompt this is meant to be, by its first item: one form is then checked, not four."""
+    if not isinstance(prompt, list):
+        return "text"
+    if prompt and isinstance(prompt[0], str):
+        return "texts"
+    return "batch" if prompt and isinstance(prompt[0], list) else "ids"
+
+
+def _valid_bias(bias: dict[str, float]) -> bool:
+    return all(key.isascii() and key.isdigit() and len(key) < 20 for key in bias)
+
+
+Flag = Annotated[bool, expect("true or false")]
+Text = Annotated[str, expect("a string")]
+NonEmpty = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Prompt = Annotated[
+    Annotated[NonEmpty, Tag("text")]
+    | Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True), Tag("texts")]
+    | Annotated[TokenIds, Tag("ids")]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("batch")],
+    Discriminator(_prompt_kind),
+    expect("a non-empty string, a list of those, a non-empty list of token ids, or a list of those"),
+]
+TokenCount = Annotated[int, Field(ge=0, lt=2**31), expect("an integer, 0 or more")]
+PositiveCount = Annotated[int, Field(ge=1, lt=2**31), expect("an integer, 1 or more")]
+NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES), expect(f"an integer from 1 to {MAX_CHOICES}")]
+Temperature = Annotated[float, Field(ge=0, le=2), expect("a number from 0 to 2")]
+TopP = Annotated[float, Field(gt=0, le=1), expect("a number over 0 and up to 1")]
+TopK = Annotated[int, Field(ge=-1, lt=2**31), expect("an integer: -1 or 0 for off, else 1 or more")]
+MinP = Annotated[float, Field(ge=0, le=1), expect("a number from 0 to 1")]
+Penalty = Annotated[float, Field(ge=-2, le=2), expect("a number from -2 to 2")]
+RepetitionPenalty = Annotated[float, Field(gt=0, le=2), expect("a number over 0 and up to 2")]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), expect(f"an integer from 0 to {MAX_LOGPROBS}")]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIAS),
+    check(f"an object of up to {MAX_LOGIT_BIAS} token ids, each with a number from -100 to 100", _valid_bias),
+]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stop = Annotated[
+    StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
+    expect(f"a string or up to {MAX_STOP_STRINGS} strings, each of 1 to {MAX_STOP_LENGTH} characters"),
+]
+StopTokenIds = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_CHOICES), expect("a list of up to 128 token ids")
+]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), expect("a signed integer of 64 bits")]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31), expect("a signed integer of 32 bits")]
+CacheSalt = Annotated[
+    str, Field(min_length=1, max_length=MAX_STOP_LENGTH), expect(f"a string of 1 to {MAX_STOP_LENGTH} characters")
+]

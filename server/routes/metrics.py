@@ -1,0 +1,18 @@
+"""GET /metrics, for Prometheus."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from server.service import Service
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return routes

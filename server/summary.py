@@ -1,0 +1,51 @@
+"""What `mixserve serve` says when it is ready: what was loaded, where memory went, and a line to try."""
+
+from __future__ import annotations
+
+import json
+
+from engine.types import EngineInfo
+
+
+def summary(info: EngineInfo, *, model_name: str, url: str, chat: bool) -> str:
+    """A few lines for people. `chat`: whether the model has a chat template."""
+    rate = info.load_bytes / info.load_seconds / 1e9 if info.load_seconds else 0.0
+    memory = info.memory
+    weights = ", ".join(f"{kind} {_size(num_bytes)}" for kind, num_bytes in memory.weights.items())
+    cache_tokens = info.num_blocks * info.block_size
+    return "\n".join(
+        [
+            f"{model_name}: {info.model_type}, {info.total_params / 1e6:,.0f} M parameters, "
+            f"{info.active_params / 1e6:,.0f} M active for a token "
+            f"({info.num_layers} layers, top-{info.num_experts_per_tok} of {info.num_experts} experts)",
+            f"  engine    {info.backend} backend, {info.dtype} on {info.device}; "
+            f"loaded {_size(info.load_bytes)} in {info.load_seconds:.1f} s ({rate:.2f} GB/s)",
+            f"  weights   {_size(sum(memory.weights.values()))} ({weights})",
+            f"  KV cache  {_size(memory.kv_cache)}: {cache_tokens:,} tokens in blocks of {info.block_size}, "
+            f"prefix caching {'on' if info.enable_prefix_caching else 'off'}",
+            f"  batch     up to {info.max_num_seqs} sequences of {info.max_model_len:,} tokens, "
+            f"{info.max_num_batched_tokens:,} tokens a step; activations {_size(memory.activations)}",
+            f"  memory    {_size(sum(memory.weights.values()) + memory.kv_cache + memory.activations)} "
+            f"of {_size(memory.total)}",
+            "",
+            f"Serving on {url}. Try:",
+            "",
+            _curl(model_name, url, chat=chat),
+            "",
+        ]
+    )
+
+
+def _curl(model_name: str, url: str, *, chat: bool) -> str:
+    body: dict[str, object]
+    if chat:
+        path = "/v1/chat/completions"
+        body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": True}
+    else:
+        path = "/v1/completions"
+        body = {"prompt": "The capital of France is", "stream": True}
+    return f"  curl -N {url}{path} -H 'Content-Type: application/json' -d '{json.dumps({'model': model_name} | body)}'"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,153 @@
+"""An executor without a model: its cache holds, in every slot, which beginning of which text the slot stands for.
+
+The next token is a function of all tokens before it, read through the block table as attention would read it. So a
+block that is shared wrongly, freed too early, overwritten or never computed is seen at once.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+
+from engine.core import EngineCore
+from engine.executor import OutOfDeviceMemoryError, StepResult
+from engine.sampler import Sampled
+from engine.scheduler import StepPlan
+from engine.sequence import Sequence
+from engine.types import EngineInfo, MemoryUse, Request, TokenLogprobs
+
+VOCAB_SIZE = 3
+"""Few tokens, so that answers begin alike by chance and share blocks."""
+
+
+class CacheExecutor:
+    """`on_plan` sees every plan before it is computed; `fail_next` makes the next step run out of memory half way."""
+
+    def __init__(self, block_size: int, *, on_plan: Callable[[StepPlan], None] | None = None) -> None:
+        self.block_size = block_size
+        self.on_plan = on_plan
+        self.fail_next = False
+        self.plans: list[StepPlan] = []
+        self.num_computed = 0
+        self._slots: dict[int, int] = {}
+        self._texts: dict[int, list[int]] = {}
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if self.on_plan is not None:
+            self.on_plan(plan)
+        self.plans.append(plan)
+        self._write(plan)
+        if self.fail_next:
+            self.fail_next = False
+            raise OutOfDeviceMemoryError("no room")
+        self.num_computed += plan.num_tokens
+        sampled: dict[int, Sampled] = {}
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        for index, chunk in enumerate(plan.chunks):
+            sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
+            self._check_reads(sequence, end)
+            if chunk.samples:
+                sampled[index] = Sampled(next_token(self._slots[self._slot(sequence, end - 1)]), None)
+            if sequence.request.params.prompt_logprobs is not None:
+                scored = range(chunk.start + 1, min(end + 1, sequence.num_prompt))
+                prompt_logprobs[index] = [score(sequence.token_ids[p], p) for p in scored]
+        return StepResult(sampled, prompt_logprobs)
+
+    def peak_memory_bytes(self) -> int:
+        return 0
+
+    def _write(self, plan: StepPlan) -> None:
+        """All slots of the step, before any is read, as a layer does it. A step that fails leaves nonsense."""
+        written: set[int] = set()
+        for chunk in plan.chunks:
+            text = self._text(chunk.sequence)
+            for position in range(chunk.start, chunk.start + chunk.num_tokens):
+                slot = self._slot(chunk.sequence, position)
+                assert slot not in written, "two tokens of a step have the same slot"
+                written.add(slot)
+                self._slots[slot] = -1 if self.fail_next else text[position]
+
+    def _check_reads(self, sequence: Sequence, end: int) -> None:
+        text = self._text(sequence)
+        for position in range(end):
+            found = self._slots.get(self._slot(sequence, position))
+            assert found == text[position], f"position {position} of {sequence} is not in the cache"
+
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        return sequence.block_table[position // self.block_size] * self.block_size + position % self.block_size
+
+    def _text(self, sequence: Sequence) -> list[int]:
+        """For each known position of `sequence`, what its slot must hold."""
+        text = self._texts.setdefault(sequence.arrival, [])
+        for token_id in sequence.token_ids[len(text) :]:
+            text.append(extend(text[-1] if text else beginning(sequence.request), token_id))
+        return text
+
+
+def beginning(request: Request) -> int:
+    return zlib.crc32(repr((request.cache_salt, request.steering_digest)).encode())
+
+
+def extend(text: int, token_id: int) -> int:
+    return zlib.crc32(struct.pack("<I", token_id), text)
+
+
+def next_token(text: int) -> int:
+    return (text >> 7) % VOCAB_SIZE
+
+
+def score(token_id: int, position: int) -> TokenLogprobs:
+    """A log probability that tells its position."""
+    return TokenLogprobs(token_id, -float(position), 1)
+
+
+def expected_answer(request: Request, max_model_len: int) -> list[int]:
+    """What CacheExecutor answers to `request` when it is alone, computed without any cache."""
+    text = beginning(request)
+    for token_id in request.prompt_ids:
+        text = extend(text, token_id)
+    limit = max_model_len - len(request.prompt_ids)
+    answer: list[int] = []
+    while len(answer) < min(limit, request.params.max_tokens if request.params.max_tokens is not None else limit):
+        answer.append(next_token(text))
+        text = extend(text, answer[-1])
+        if answer[-1] in request.params.stop_token_ids:
+            break
+    return answer
+
+
+def make_core(
+    executor: CacheExecutor,
+    *,
+    num_blocks: int,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 2048,
+    enable_prefix_caching: bool = True,
+) -> EngineCore:
+    """A core over `executor` without end-of-sequence ids, whose longest sequence fills the cache."""
+    info = EngineInfo(
+        model="none",
+        model_type="none",
+        device="cpu",
+        dtype="none",
+        backend="none",
+        vocab_size=VOCAB_SIZE,
+        num_layers=1,
+        num_experts=1,
+        num_experts_per_tok=1,
+        max_model_len=num_blocks * executor.block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=executor.block_size,
+        num_blocks=num_blocks,
+        enable_prefix_caching=enable_prefix_caching,
+        eos_token_ids=(),
+        total_params=0,
+        active_params=0,
+        load_seconds=0.0,
+        load_bytes=0,
+        memory=MemoryUse(),
+        pid=0,
+    )
+    return EngineCore(executor, info)
