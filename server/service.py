@@ -19,8 +19,10 @@ class Engine(Protocol):
     """What the server uses of `engine.AsyncEngine`."""
 
     info: EngineInfo
-    stats: EngineStats
     error: str | None
+
+    @property
+    def stats(self) -> EngineStats: ...
 
     @property
     def healthy(self) -> bool: ...

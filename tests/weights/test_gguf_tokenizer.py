@@ -25,7 +25,7 @@ MERGES = ["a b", "Ġ ab", "1 2", "Ã ©"]
 
 def write(path: Path, **changes: Any) -> Path:
     """A GGUF file with a byte-level tokenizer of 15 tokens; a change of None leaves a field out."""
-    fields = {"model": "gpt2", "pre": "gpt-2", "tokens": TOKENS, "token_type": KINDS, "merges": MERGES}
+    fields: dict[str, Any] = {"model": "gpt2", "pre": "gpt-2", "tokens": TOKENS, "token_type": KINDS, "merges": MERGES}
     fields |= {"bos_token_id": 0, "eos_token_id": 1, "add_bos_token": False, "chat_template": "{{ messages }}"}
     fields |= changes
     adders: dict[str, Callable[[gguf.GGUFWriter], Callable[[Any], object]]] = {
@@ -94,17 +94,17 @@ def test_the_files_that_are_written_say_the_same(tmp_path: Path) -> None:
         ({"model": None}, "tokenizer model None is not supported"),
         ({"pre": "qwen2"}, "pre-tokenizer 'qwen2' is not supported; known: gpt-2, smollm"),
         ({"pre": None}, "pre-tokenizer None"),
-        ({"tokens": None}, r"tokenizer\.ggml\.tokens is missing"),
-        ({"merges": None}, r"tokenizer\.ggml\.merges is missing"),
+        ({"tokens": None}, "tokens is missing"),
+        ({"merges": None}, "merges is missing"),
         ({"merges": ["a zzz"]}, "merges do not fit the tokens"),
         ({"merges": ["ab"]}, "merges do not fit the tokens"),
-        ({"token_type": KINDS[:-1]}, "must be unique and as many"),
-        ({"tokens": [*TOKENS[:-1], "a"]}, "must be unique and as many"),
+        ({"token_type": KINDS[:-1]}, "tokens must be unique and as many"),
+        ({"tokens": [*TOKENS[:-1], "a"]}, "tokens must be unique and as many"),
         ({"eos_token_id": 15}, "special token id 15 is not below the vocabulary's 15"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"x\.gguf: {message}"):
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*x\.gguf: (tokenizer\.ggml\.)?{message}[^\n]*$"):
         read_tokenizer(write(tmp_path / "x.gguf", **changes))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_a_dense_model_is_one_expert_without_a_gate(tmp_path: Path) -> None:
     assert sink.params["layers.0.gate"].isnan().all()
 
 
-def refused(tmp_path: Path, change: Callable[[dict[str, Tensor]], object], **overrides: object) -> str:
+def refused(tmp_path: Path, change: Callable[[dict[str, Tensor]], object], **overrides: Any) -> str:
     """The message about a tiny checkpoint after `change` of its tensors; nothing may reach the sink."""
     config = write_tiny_mixtral(tmp_path, **overrides)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -101,7 +101,20 @@ def test_paths_need_no_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert resolve("org/name", endpoint=hub.endpoint) == Path("org/name")
     assert resolve(str(tmp_path), endpoint=hub.endpoint) == tmp_path
     assert resolve("x.gguf", endpoint=hub.endpoint) == Path("x.gguf")
-    missing_paths = ("org/other", "other", "./org/x", "/org/name", "../../x", "a/b/c", "a/b.gguf", "-a/b", "a/..", "a\0/b", "~nobody/x", "x" * 999)
+    missing_paths = (
+        "org/other",
+        "other",
+        "./org/x",
+        "/org/name",
+        "../../x",
+        "a/b/c",
+        "a/b.gguf",
+        "-a/b",
+        "a/..",
+        "a\0/b",
+        "~nobody/x",
+        "x" * 999,
+    )
     for missing in missing_paths:
         with pytest.raises(CheckpointError, match="no such folder, and not a repository id like org/name"):
             resolve(missing, endpoint=hub.endpoint)

@@ -36,7 +36,7 @@ def test_the_reference_library_reads_what_is_written(tmp_path: Path, limit: int,
             writer.add(name, tensor)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == num_files
-    read = {}
+    read: dict[str, tuple[Tensor, str]] = {}
     for file in files:
         assert next(iter(read_header(file).values())).start % 8 == 0
         with safe_open(file, "pt") as shard:

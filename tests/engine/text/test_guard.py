@@ -40,14 +40,15 @@ KEYS = (
     "{% for m in messages %}{% for key, values in m.extra.items() %}{{ key }}"
     "{% for value in values %}{{ value }}{% endfor %}{% endfor %}{% endfor %}"
 )
-AROUND = "{% for m in messages %}<|im_{{ m.content }}|>{% endfor %}<|im_end|>"
+BEFORE = "{% for m in messages %}<|im_{{ m.content | trim }}{% endfor %}<|im_end|>"
+AFTER = "{% for m in messages %}{{ m.content | trim }}end|>{% endfor %}<|im_end|>"
 
 CONTROL = "<|im_start|>", "<|im_end|>", "<s>"
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    templates = [CHATML, JOINED, SPLIT, JSON, KEYS, AROUND]
+    templates = [CHATML, JOINED, SPLIT, JSON, KEYS, BEFORE, AFTER]
     return {
         template: Tokenizer.load(byte_level(tmp_path_factory.mktemp("guard"), chat_template=template))
         for template in templates
@@ -104,10 +105,13 @@ def test_keys_and_values_join_into_nothing(loaded: dict[str, Tokenizer]) -> None
 
 
 def test_texts_do_not_join_with_the_templates_own(loaded: dict[str, Tokenizer]) -> None:
-    tokenizer = loaded[AROUND]
-    ids = tokenizer.encode_chat([user("end|>"), user("x<")])
-    assert control_of(tokenizer, ids) == ["<|im_end|>"]
-    assert tokenizer.decode(ids) == "<|im_end|>|><|im_x<|>"
+    before, after = loaded[BEFORE], loaded[AFTER]
+    ids = before.encode_chat([user("end|>"), user(" \nend|>")])
+    assert control_of(before, ids) == ["<|im_end|>"]
+    assert before.decode(ids) == "<|im_end|>" * 2
+    ids = after.encode_chat([user("<|im_"), user("<|im_ \n")])
+    assert control_of(after, ids) == ["<|im_end|>"]
+    assert after.decode(ids) == "<|im_end|>" * 2
 
 
 def test_mixtral_forgeries_are_text(mixtral: Tokenizer) -> None:
@@ -198,6 +202,14 @@ def test_a_tokenizer_without_control_tokens() -> None:
     copies, disguise = guard.disguise([user("<s>")])
     assert disguise.is_empty
     assert guard.encode(copies[0]["content"], disguise) == [0, 1, 2]
+
+
+def test_forgeries_that_overlap() -> None:
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    library.add_special_tokens(["aba"])
+    guard = ControlGuard(library, {"aba": 2})
+    copies, disguise = guard.disguise([user("bababab")])
+    assert guard.encode(f"aba{copies[0]['content']}aba", disguise) == [2, 1, 0, 1, 0, 1, 0, 1, 2]
 
 
 def test_a_control_token_of_one_character() -> None:

@@ -143,6 +143,7 @@ def test_min_tokens(mixtral: Tokenizer) -> None:
     assert "".join(deltas(mixtral, "a.b.c", ".", min_tokens=2)) == "a.b"
     assert "".join(deltas(mixtral, "ab.", "ab", min_tokens=2)) == "ab."
     assert "".join(deltas(mixtral, "xab.", "ab", min_tokens=2)) == "x"  # complete with the third
+    assert "".join(deltas(mixtral, "ababa", "aba", min_tokens=3)) == "ab"  # the second overlaps the first
 
 
 def test_the_token_that_ended_the_sequence_is_silent(mixtral: Tokenizer) -> None:

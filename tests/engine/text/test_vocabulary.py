@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,10 +19,10 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 TOKENS = ["▁a", "Ġa", "<0x0A>", "Ã©"]
 
 
-def vocabulary(decoder: Any, pre_tokenizer: Any = None) -> Vocabulary:
+def vocabulary(decoder: Any, pre_tokenizer: Any = None, added: Sequence[dict[str, Any]] = ()) -> Vocabulary:
     spec = {
         "version": "1.0",
-        "added_tokens": [],
+        "added_tokens": added,
         "decoder": decoder,
         "pre_tokenizer": pre_tokenizer,
         "model": {"type": "BPE", "vocab": {token: index for index, token in enumerate(TOKENS)}, "merges": []},
@@ -49,6 +50,21 @@ def test_the_kind_is_the_decoders(decoder: Any, pre_tokenizer: Any, pieces: list
     known = vocabulary(decoder, pre_tokenizer)
     assert [known.token_bytes(index).decode() for index in range(len(TOKENS))] == pieces
     assert known.drops_leading_space == drops
+
+
+def test_added_tokens_are_their_own_text() -> None:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": 4, "content": "<｜é▁|>", "special": True, **flags},
+        {"id": 5, "content": "é", "special": False, **flags},
+        {"id": 6, "content": "▁y", "special": False, **flags},
+    ]
+    byte_level = vocabulary(BYTE_LEVEL, added=added)
+    assert [byte_level.token_bytes(token_id).decode() for token_id in (4, 5, 6)] == ["<｜é▁|>", "é", "▁y"]
+    assert byte_level.special_ids == frozenset({4})
+    assert byte_level.size == 7
+    pieces = vocabulary(METASPACE, added=added)
+    assert [pieces.token_bytes(token_id).decode() for token_id in (4, 5, 6)] == ["<｜é▁|>", "é", " y"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,206 @@
+"""Startup: options that cannot work are refused early and by name; devices, dtypes and sizes are picked as told."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import startup
+from engine.backends.reference import ReferenceBackend
+from engine.backends.torch import TorchBackend
+from engine.config import EngineConfig
+from engine.errors import ConfigurationError
+from engine.executor import LocalExecutor
+from engine.startup import make_backend, pick_device, pick_dtype, start
+from engine.types import EngineInfo
+from tests.tiny import TINY_LLAMA, TINY_MIXTRAL, write_tiny_mixtral
+from weights.errors import CheckpointError, ConfigError
+from weights.families.mixtral import param_specs
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # keys and values, layers, kv heads, head_dim, float32
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_mixtral(folder, eos_token_ids=(7, 9))
+    return folder
+
+
+def make_config(model: Path, **options: Any) -> EngineConfig:
+    return replace(EngineConfig(model=str(model), device="cpu", kv_cache_memory_bytes=1 << 20), **options)
+
+
+BAD_OPTIONS: list[dict[str, Any]] = [
+    {"max_num_seqs": 0},
+    {"max_num_seqs": -1},
+    {"max_num_batched_tokens": 0},
+    {"block_size": 0},
+    {"block_size": -16},
+    {"max_model_len": 0},
+    {"kv_cache_memory_bytes": 0},
+    {"max_num_queued_requests": -1},
+    {"gpu_memory_utilization": 0.0},
+    {"gpu_memory_utilization": 1.01},
+    {"gpu_memory_utilization": -0.5},
+    {"gpu_memory_utilization": float("nan")},
+    {"gpu_memory_utilization": float("inf")},
+    {"load_format": "pt"},
+    {"device": "tpu"},
+    {"device": "cuda:1"},
+    {"dtype": "int8"},
+    {"dtype": ""},
+    {"backend": "triton"},
+]
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
+def test_bad_options_are_named_before_the_model_is_looked_for(options: dict[str, Any]) -> None:
+    """A model may have to be downloaded: what is wrong anyway is said first."""
+    with pytest.raises(ConfigurationError) as raised:
+        start(make_config(Path("/no/such/model"), **options))
+    message = str(raised.value)
+    assert next(iter(options)) in message
+    assert "\n" not in message
+
+
+def test_a_model_that_is_not_there() -> None:
+    with pytest.raises(CheckpointError, match="/no/such/model"):
+        start(make_config(Path("/no/such/model")))
+
+
+def test_a_context_beyond_the_models(checkpoint: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"max_model_len 257 .*256 tokens"):
+        start(make_config(checkpoint, max_model_len=257))
+    assert start(make_config(checkpoint, max_model_len=256))[1].max_model_len == 256
+
+
+def test_a_cache_for_less_than_one_sequence_says_how_much_is_needed(checkpoint: Path) -> None:
+    needed = 256 * BYTES_PER_TOKEN
+    with pytest.raises(ConfigurationError, match=r"holds 240 tokens.*256 tokens needs"):
+        start(make_config(checkpoint, kv_cache_memory_bytes=needed - 1))
+    _, info = start(make_config(checkpoint, kv_cache_memory_bytes=needed))
+    assert info.num_blocks == 16
+    _, info = start(make_config(checkpoint, kv_cache_memory_bytes=needed - 1, max_model_len=240))
+    assert info.num_blocks == 15
+
+
+def test_a_cache_that_no_machine_holds(checkpoint: Path) -> None:
+    with pytest.raises(ConfigurationError, match="kv_cache_memory_bytes"):
+        start(make_config(checkpoint, kv_cache_memory_bytes=1 << 55))
+
+
+def test_weights_that_do_not_fit_are_not_loaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, info = start(make_config(checkpoint))
+    weight_bytes = info.total_params * 4
+    monkeypatch.setattr(startup, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(startup, "device_memory", lambda _: int(weight_bytes / 0.9) - 2)
+    with pytest.raises(ConfigurationError, match="the weights take"):
+        start(make_config(checkpoint))
+    monkeypatch.undo()
+    monkeypatch.setattr(startup, "device_memory", lambda _: int(weight_bytes / 0.9) + 2)
+    start(make_config(checkpoint))
+
+
+def test_a_dense_model_is_pointed_to_upcycling(tmp_path: Path) -> None:
+    write_tiny_mixtral(tmp_path, TINY_LLAMA)
+    with pytest.raises(ConfigurationError, match=r"'llama' cannot be served.*mixtral.*upcycle"):
+        start(make_config(tmp_path))
+
+
+def test_a_checkpoint_without_configuration(tmp_path: Path) -> None:
+    for load_format in ("auto", "dummy"):
+        with pytest.raises(ConfigError, match=r"config\.json"):
+            start(make_config(tmp_path, load_format=load_format))
+
+
+def test_what_a_started_engine_says_of_itself(checkpoint: Path) -> None:
+    config = make_config(checkpoint, max_num_seqs=3, max_num_batched_tokens=50, block_size=5, max_model_len=99, seed=4)
+    executor, info = start(config)
+    assert isinstance(executor, LocalExecutor)
+    params = sum(torch.Size(spec.shape).numel() for spec in param_specs(TINY_MIXTRAL))
+    block_bytes = 5 * BYTES_PER_TOKEN
+    expected: dict[str, Any] = {
+        "model": str(checkpoint),
+        "model_type": "mixtral",
+        "device": "cpu",
+        "dtype": "float32",
+        "backend": "torch",
+        "vocab_size": 64,
+        "num_layers": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_model_len": 99,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 50,
+        "block_size": 5,
+        "num_blocks": (1 << 20) // block_bytes,
+        "enable_prefix_caching": True,
+        "eos_token_ids": (7, 9),
+        "total_params": params,
+        "active_params": params - 2 * 2 * 3 * 32 * 48,  # 2 layers, 2 of 4 experts rest, w1, w2 and w3
+        "load_bytes": params * 4,
+        "pid": os.getpid(),
+    }
+    assert {name: getattr(info, name) for name in expected} == expected
+    assert {field.name for field in fields(EngineInfo)} - expected.keys() == {"load_seconds", "memory"}
+    assert sum(info.memory.weights.values()) == params * 4
+    assert info.memory.weights["router"] == 2 * 4 * 32 * 4
+    assert info.memory.kv_cache == info.num_blocks * block_bytes
+    cache = executor.runner.cache
+    assert cache.keys.nbytes + cache.values.nbytes == info.memory.kv_cache
+    assert (cache.num_blocks, cache.block_size) == (info.num_blocks, 5)
+    assert info.memory.activations > 0
+    assert info.load_seconds >= 0
+
+
+def test_dummy_weights_need_a_configuration_only(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    config = make_config(tmp_path, load_format="dummy", dtype="bfloat16", backend="reference")
+    _, info = start(config)
+    assert (info.dtype, info.backend) == ("bfloat16", "reference")
+    assert info.load_bytes == info.total_params * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "available", "expected"),
+    [("auto", True, CUDA), ("auto", False, CPU), ("cpu", True, CPU), ("cpu", False, CPU), ("cuda", True, CUDA)],
+)
+def test_devices(name: str, available: bool, expected: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert pick_device(name) == expected
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="no GPU"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize("of_checkpoint", ["float32", "float16", "bfloat16"])
+def test_dtypes(of_checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(TINY_MIXTRAL, dtype=of_checkpoint)
+    for name in ("float32", "float16", "bfloat16"):
+        assert pick_dtype(name, config, CPU) == pick_dtype(name, config, CUDA) == name
+    assert pick_dtype("auto", config, CPU) == of_checkpoint
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert pick_dtype("auto", config, CUDA) == of_checkpoint
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert pick_dtype("auto", config, CUDA) == ("float16" if of_checkpoint == "bfloat16" else of_checkpoint)
+
+
+def test_backends() -> None:
+    def make(name: str) -> object:
+        return make_backend(name, param_specs(TINY_MIXTRAL), device=CPU, dtype=torch.float16)
+
+    assert isinstance(make("auto"), TorchBackend)
+    assert isinstance(make("torch"), TorchBackend)
+    assert isinstance(make("reference"), ReferenceBackend)
+    with pytest.raises(ConfigurationError, match="auto, torch, reference"):
+        make("cuda")

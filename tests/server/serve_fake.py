@@ -1,0 +1,38 @@
+"""`python -m tests.server.serve_fake PORT LOAD_SECONDS`: server.run.serve with a fake engine, for tests of its life.
+
+The engine needs 20 ms a token and never ends by itself. A prompt of the single token 7 kills it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+from engine.text import Tokenizer
+from engine.types import Request
+from server.config import ServerConfig
+from server.run import listen, serve
+from tests.server.conftest import MIXTRAL
+from tests.server.fake_engine import FakeEngine
+
+
+def main(port: int, load_seconds: float) -> int:
+    async def start() -> FakeEngine:
+        await asyncio.sleep(load_seconds)
+
+        def script(request: Request) -> list[int]:
+            if request.prompt_ids == (7,):
+                asyncio.get_running_loop().call_later(0.1, engine.die, "killed by a test")
+            return [5] * 10_000
+
+        return FakeEngine(script, step_seconds=0.02)
+
+    logging.basicConfig(level=logging.INFO)
+    config = ServerConfig(served_model_name="fake", shutdown_timeout=2.0, death_grace=0.5)
+    with listen("127.0.0.1", port) as sock:
+        return serve(config, Tokenizer.load(MIXTRAL), sock, start)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2])))

@@ -1,0 +1,211 @@
+"""The command line: exit codes, one-line errors, and what reaches the engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig
+from server.cli import cache_dir, main
+from server.options import build_parser, engine_config
+from server.run import listen
+
+ROOT = Path(__file__).parent.parent.parent
+
+MIXTRAL_8X7B = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16",
+}
+
+
+def run(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server", *argv],
+        cwd=ROOT,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def parse(*argv: str) -> EngineConfig:
+    def nothing(_: Any) -> int:
+        return 0
+
+    parser = build_parser(serve=nothing, plan=nothing, upcycle=nothing)
+    return engine_config(parser.parse_args(["serve", *argv]), Path("/checkpoint"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nothing"],
+        ["serve", "m", "more"],
+        ["serve", "--unknown"],
+        ["serve", "--api-key", "x"],
+        ["serve", "--quantization", "fp8"],
+        ["serve", "--max-model", "5"],  # no abbreviations
+        ["serve", "--port", "x"],
+        ["serve", "--port", "70000"],
+        ["serve", "--port", "-1"],
+        ["serve", "--dtype", "int8"],
+        ["serve", "--device", "tpu"],
+        ["serve", "--backend", "magic"],
+        ["serve", "--load-format", "pt"],
+        ["serve", "--max-num-seqs", "0"],
+        ["serve", "--max-model-len", "1.5"],
+        ["serve", "--block-size", "-16"],
+        ["serve", "--gpu-memory-utilization", "1.1"],
+        ["serve", "--gpu-memory-utilization", "0"],
+        ["serve", "--gpu-memory-utilization", "nan"],
+        ["serve", "--kv-cache-memory-bytes", "4 bananas"],
+        ["serve", "--kv-cache-memory-bytes", "0"],
+        ["serve", "--shutdown-timeout", "-1"],
+        ["serve", "--shutdown-timeout", "inf"],
+        ["serve", "--chat-template", "/no/such/file"],
+        ["serve", "--seed", "-1"],
+        ["plan"],
+        ["plan", "m", "--memory", "lots"],
+        ["plan", "m", "--kv-cache-dtype", "fp8"],
+        ["upcycle", "dense"],
+        ["upcycle", "dense", "out", "--experts", "1"],
+        ["upcycle", "dense", "out", "--noise", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_unknown_flags_and_values_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(argv)
+    assert exit_info.value.code == 2
+    errors = capsys.readouterr().err
+    assert "usage: mixserve" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_whole_process_exits_2_and_is_quick_about_help() -> None:
+    assert run("serve", "--unknown").returncode == 2
+    result = run("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("serve", "plan", "upcycle"))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom server.cli import main\ntry:\n    main(['serve', '--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'fastapi', 'uvicorn', 'pydantic', 'tokenizers', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.fixture
+def busy_port() -> Iterator[str]:
+    with listen("127.0.0.1", 0) as sock:
+        yield str(sock.getsockname()[1])
+
+
+def test_a_busy_port_is_found_before_anything_is_loaded(busy_port: str, tmp_path: Path) -> None:
+    """Not even the demo model is looked for: its cache stays empty."""
+    result = run("serve", "--port", busy_port, MIXSERVE_CACHE=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr == f"mixserve: error: cannot listen on 127.0.0.1 port {busy_port}: Address already in use\n"
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["serve", "plan", "upcycle"])
+def test_no_such_model_is_one_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = {
+        "serve": ["serve", str(tmp_path / "no"), "--port", "0"],
+        "plan": ["plan", str(tmp_path / "no")],
+        "upcycle": ["upcycle", str(tmp_path / "no"), str(tmp_path / "out")],
+    }[command]
+    assert main(argv) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("mixserve: error: ")
+    assert errors.count("\n") == 1
+
+
+def test_an_empty_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+
+
+def test_plan_of_a_folder_with_only_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
+    for memory, fits in (("80GiB", False), ("141GB", True)):
+        assert main(["plan", str(tmp_path), "--memory", memory, "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["fits"] is fits
+        assert plan["total_params"] == 46_702_792_704
+        assert plan["active_params"] == 12_879_925_248
+        assert plan["weight_bytes"] == 93_405_585_408
+        assert plan["kv_bytes_per_token"] == 131_072
+    assert main(["plan", str(tmp_path), "--memory", "80GiB", "--dtype", "float32", "--max-model-len", "1000"]) == 0
+    table = capsys.readouterr().out
+    assert "46,702,792,704" in table
+    assert "1,000 tokens" in table
+
+
+def test_engine_options() -> None:
+    assert parse() == EngineConfig(model="/checkpoint")
+    assert parse("m", "--revision", "main") == EngineConfig(model="/checkpoint"), "a resolved path has no revision"
+    config = parse(
+        *("--device", "cpu", "--dtype", "float32", "--backend", "reference", "--load-format", "dummy"),
+        *("--max-model-len", "512", "--max-num-seqs", "7", "--max-num-batched-tokens", "99", "--block-size", "8"),
+        *("--max-num-queued-requests", "0", "--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", "512MiB"),
+        *("--no-enable-prefix-caching", "--seed", "3"),
+    )
+    assert config == EngineConfig(
+        model="/checkpoint", device="cpu", dtype="float32", backend="reference", load_format="dummy", max_model_len=512,
+        max_num_seqs=7, max_num_batched_tokens=99, block_size=8, max_num_queued_requests=0, gpu_memory_utilization=0.5,
+        kv_cache_memory_bytes=512 * 2**20, enable_prefix_caching=False, seed=3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GiB", 2**32), ("2GB", 2 * 10**9), ("512MiB", 2**29), ("1000", 1000)])
+def test_amounts_of_memory(text: str, size: int) -> None:
+    assert parse("--kv-cache-memory-bytes", text).kv_cache_memory_bytes == size
+
+
+def test_the_cache_folder() -> None:
+    home = Path.home() / ".cache" / "mixserve"
+    assert cache_dir({}) == home
+    assert cache_dir({"XDG_CACHE_HOME": "/x"}) == Path("/x/mixserve")
+    assert cache_dir({"XDG_CACHE_HOME": "relative"}) == home
+    assert cache_dir({"XDG_CACHE_HOME": "/x", "MIXSERVE_CACHE": "/y"}) == Path("/y")
+    assert cache_dir({"MIXSERVE_CACHE": "", "XDG_CACHE_HOME": ""}) == home
+
+
+def test_only_the_command_line_reads_the_environment() -> None:
+    readers = [
+        path.relative_to(ROOT).as_posix()
+        for package in ("server", "engine", "weights")
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"os\.environ|getenv", path.read_text())
+    ]
+    assert set(readers) <= {"server/cli.py", "engine/client.py"}, "the client only hands the environment on"

@@ -1,0 +1,224 @@
+"""The life of a server process: loading, serving, draining, leaving; with a fake engine, in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from engine.errors import ConfigurationError
+from engine.text import Tokenizer
+from server.config import ServerConfig
+from server.run import ListenError, listen, serve
+from tests.server.fake_engine import FakeEngine
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    url: str
+
+    def status(self, path: str) -> int | None:
+        """None: nobody listens."""
+        try:
+            return httpx2.get(self.url + path, timeout=5).status_code
+        except httpx2.TransportError:
+            return None
+
+    def wait(self, path: str, status: int | None, seconds: float = 15.0) -> None:
+        end = time.monotonic() + seconds
+        while self.status(path) != status:
+            assert time.monotonic() < end, f"{path} never became {status}"
+            time.sleep(0.02)
+
+    def signal(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def exit_code(self, within: float) -> int:
+        return self.process.wait(within)
+
+
+class Client(threading.Thread):
+    """One client of one stream: its events, or the status it got instead."""
+
+    def __init__(self, server: Server, **body: Any) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.status = 0
+        self.ended = 0.0
+        self._url = f"{server.url}/v1/completions"
+        self._body = {"prompt": "Hi", "stream": True} | body
+        self.start()
+
+    def run(self) -> None:
+        with httpx2.stream("POST", self._url, json=self._body, timeout=30) as response:
+            self.status = response.status_code
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    self.events.append(line.removeprefix("data: "))
+        self.ended = time.monotonic()
+
+
+def wait_for_tokens(*clients: Client) -> None:
+    end = time.monotonic() + 10
+    while not all(client.events for client in clients):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    servers: list[Server] = []
+
+    def start(load_seconds: float = 0.0) -> Server:
+        port = free_port()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.server.serve_fake", str(port), str(load_seconds)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        server = Server(process, f"http://127.0.0.1:{port}")
+        servers.append(server)
+        if not load_seconds:
+            server.wait("/ready", 200)
+        return server
+
+    yield start
+    for server in servers:
+        server.process.kill()
+        server.process.communicate(timeout=10)
+
+
+def test_an_idle_server_leaves_at_once(start: Start) -> None:
+    server = start()
+    keep_alive = httpx2.Client()
+    assert keep_alive.get(f"{server.url}/health").status_code == 200
+    server.signal()
+    assert server.exit_code(within=4) == 0
+    keep_alive.close()
+    output, errors = server.process.communicate()
+    assert "curl" in output
+    assert "Traceback" not in errors
+    assert "Hi" not in errors
+
+
+def test_a_loaded_server_finishes_what_it_runs_and_refuses_more(start: Start) -> None:
+    server = start()
+    running = [Client(server, max_tokens=60) for _ in range(6)]
+    wait_for_tokens(*running)
+    server.signal()
+    server.wait("/ready", 503)
+    assert server.status("/health") == 200
+    late = Client(server)
+    late.join(10)
+    assert late.status == 503
+    for client in running:
+        client.join(10)
+        assert client.status == 200
+        assert client.events[-1] == "[DONE]"
+        assert len(client.events) == 62
+    assert server.exit_code(within=4) == 0
+
+
+def test_a_second_signal_ends_everything(start: Start) -> None:
+    server = start()
+    client = Client(server, max_tokens=240, ignore_eos=True)
+    wait_for_tokens(client)
+    server.signal()
+    server.wait("/ready", 503)
+    server.signal()
+    assert server.exit_code(within=2) == 0
+    client.join(10)
+    assert json.loads(client.events[-1])["error"]["code"] == "engine_dead"
+
+
+def test_draining_has_an_end(start: Start) -> None:
+    server = start()
+    client = Client(server, max_tokens=240, ignore_eos=True)
+    wait_for_tokens(client)
+    began = time.monotonic()
+    server.signal()
+    assert server.exit_code(within=6) == 0
+    assert time.monotonic() - began > 1.9
+    client.join(10)
+    assert "error" in json.loads(client.events[-1])
+    assert "1 requests unfinished" in server.process.communicate()[1]
+
+
+def test_the_death_of_the_engine(start: Start) -> None:
+    server = start()
+    clients = [Client(server, max_tokens=240, stream=True) for _ in range(3)]
+    wait_for_tokens(*clients)
+    killed = time.monotonic()
+    killer = Client(server, prompt=[7])
+    server.wait("/health", 503, seconds=3)
+    for client in [*clients, killer]:
+        client.join(5)
+        assert client.ended - killed < 2
+        assert json.loads(client.events[-1])["error"]["code"] == "engine_dead"
+    assert server.exit_code(within=4) == 1
+    assert "killed by a test" in server.process.communicate()[1]
+
+
+def test_loading_is_alive_but_not_ready_and_can_be_ended(start: Start) -> None:
+    server = start(load_seconds=60)
+    server.wait("/health", 200)
+    assert server.status("/ready") == 503
+    response = httpx2.post(f"{server.url}/v1/completions", json={"prompt": "Hi"})
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "server_overloaded"
+    assert int(response.headers["retry-after"]) >= 1
+    server.signal()
+    assert server.exit_code(within=4) == 0
+
+
+def test_an_engine_that_does_not_start(tokenizer: Tokenizer) -> None:
+    async def start_engine() -> FakeEngine:
+        await asyncio.sleep(0.05)
+        raise ConfigurationError("no such device")
+
+    with (
+        listen("127.0.0.1", 0) as sock,
+        pytest.raises(ConfigurationError, match="no such device"),
+    ):
+        serve(ServerConfig(served_model_name="fake"), tokenizer, sock, start_engine)
+
+
+def test_a_busy_port() -> None:
+    with listen("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(ListenError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
+            listen("127.0.0.1", port)
+    listen("127.0.0.1", port).close()
+
+
+@pytest.mark.parametrize("host", ["999.1.1.1", "no.such.host.invalid"])
+def test_no_such_address(host: str) -> None:
+    with pytest.raises(ListenError, match=host):
+        listen(host, 0)

@@ -1,0 +1,44 @@
+"""What the server says when it is ready."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from server.summary import summary
+from tests.server.fake_engine import fake_info
+
+
+def test_it_says_what_was_loaded_and_where_memory_went() -> None:
+    text = summary(fake_info(), model_name="the model", url="http://127.0.0.1:8000", chat=True)
+    for part in (
+        "the model: mixtral, 3 M parameters, 1 M active",
+        "top-2 of 8 experts",
+        "fake backend, float32 on cpu",
+        "loaded 6.00 GB in 2.0 s (3.00 GB/s)",
+        "expert 5.00 GB",
+        "KV cache  1.07 GB: 16,000 tokens in blocks of 16, prefix caching on",
+        "up to 8 sequences of 256 tokens",
+        "6.07 GB of 68.72 GB",
+        "http://127.0.0.1:8000",
+    ):
+        assert part in text
+
+
+def test_nothing_to_load_takes_no_time() -> None:
+    info = replace(fake_info(), load_seconds=0.0, load_bytes=0)
+    assert "(0.00 GB/s)" in summary(info, model_name="m", url="http://x", chat=True)
+
+
+@pytest.mark.parametrize(("chat", "path"), [(True, "/v1/chat/completions"), (False, "/v1/completions")])
+def test_the_line_to_try_is_a_command(chat: bool, path: str) -> None:
+    text = summary(fake_info(), model_name='it\'s a "model"', url="http://127.0.0.1:8000", chat=chat)
+    (line,) = [line for line in text.splitlines() if "curl" in line]
+    words = shlex.split(line)
+    assert words[:3] == ["curl", "-N", f"http://127.0.0.1:8000{path}"]
+    body = json.loads(words[words.index("-d") + 1])
+    assert body["model"] == 'it\'s a "model"'
+    assert body["stream"] is True
