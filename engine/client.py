@@ -51,6 +51,9 @@ EXIT_SECONDS = 1.0
 
 SHUT_DOWN = "the engine was shut down"
 _STDERR = 2
+# OpenMP threads that wait by spinning hold up the very thread they wait for as soon as anything else, like
+# this process, needs a core: a step then takes ten times as long. The operator's own setting goes before.
+_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class AsyncEngine:
@@ -256,7 +259,7 @@ class EngineProcess:
                     pass_fds=[theirs.fileno()],
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=_STDERR,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                    env={**_THREADS, **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                 )
             except BaseException:
                 writer.transport.abort()

@@ -5,7 +5,8 @@ Started by engine/client.py as `python -m engine.process --fd N --core module:fa
 inbox; a pulse tells the server every half second for how long the current step has been running.
 
 The process leaves when told to, when the core breaks, and at once when the server's end of the socket closes. It
-ignores SIGINT: a terminal sends Ctrl-C to the whole process group, and when to leave is the server's decision.
+ignores SIGINT and SIGTERM: terminals and supervisors send them to all processes of a service, and when to leave is the
+server's decision: at its word, or when its end of the socket closes.
 """
 
 from __future__ import annotations
@@ -243,6 +244,7 @@ def _one_line(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
     parser = argparse.ArgumentParser(prog="python -m engine.process", description="One engine, for one server.")
     parser.add_argument("--fd", type=int, required=True, help="the inherited socket to the server")

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable
 
 import torch
-from weights.reader import resolve
 
 from engine.backends.base import Backend
 from engine.backends.reference import ReferenceBackend
@@ -35,6 +34,7 @@ from weights.config import ModelConfig, load_config
 from weights.families.mixtral import param_specs
 from weights.loader import load
 from weights.params import ParamSpec
+from weights.reader import resolve
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -59,7 +59,7 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     else:
         report = dummy.load(model_config, backend, device=device, dtype=DTYPES[dtype_name], seed=config.seed)
 
-    activations = _activations(config, model_config, dtype_name, model)
+    activations = _activations(config, model_config, dtype_name, max_model_len, model)
     bytes_per_token = kv_bytes_per_token(model_config, dtype_name)
     num_blocks = num_kv_blocks(
         kv_cache_bytes(config, device, activation_bytes=activations),
@@ -176,15 +176,18 @@ def _check_weights_fit(
         )
 
 
-def _activations(config: EngineConfig, model_config: ModelConfig, dtype: str, model: Decoder) -> int:
+def _activations(
+    config: EngineConfig, model_config: ModelConfig, dtype: str, max_model_len: int, model: Decoder
+) -> int:
     """Peak of one step: measured on a GPU, computed on the CPU, whose allocator does not tell."""
     if model.backend.device.type == "cuda":
-        return measure_activations(model, config, model_config)
+        return measure_activations(model, config, model_config, max_model_len=max_model_len)
     return activation_bytes(
         model_config,
         dtype,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
     )
 
 

@@ -130,8 +130,7 @@ def _random_ids(config: ModelConfig, seed: int) -> list[int]:
 
 
 def _run(model: Decoder, config: ModelConfig, ids: list[int], observe: Callable[[int, Tensor, Routing], None]) -> None:
-    """Run `ids` through the model, cut into sequences of at most `_CHUNK` tokens, and show every layer's block input.
-    """
+    """Run `ids` in sequences of at most `_CHUNK` tokens and show the input of every layer's sparse block."""
     length = min(_CHUNK, config.max_position_embeddings)
     cache = model.backend.new_kv_cache(config.num_layers, 1, length, model.attention_shape)
     with torch.inference_mode():
@@ -178,4 +177,5 @@ def _route(model: Decoder, config: ModelConfig, routers: Sequence[Tensor], ids: 
 def _distinct(expert_ids: Tensor, size: int) -> float:
     """Mean number of distinct experts over consecutive groups of `size` tokens; expert_ids [T, K]."""
     groups = expert_ids[: expert_ids.shape[0] // size * size].view(-1, size * expert_ids.shape[1])
-    return sum(group.unique().numel() for group in groups) / groups.shape[0]
+    distinct: list[int] = [group.unique().numel() for group in groups]
+    return sum(distinct) / len(distinct)

@@ -22,7 +22,7 @@ class Answer:
     tokens: tuple[ScoredToken, ...]
     finish_reason: Literal["stop", "length"]
     mean_logprob: float
-    """Over the generated tokens; 0 when there are none or none were scored."""
+    """Over the generated tokens; 0 when none was scored."""
 
 
 async def collect(job: Job, receive: Receive) -> list[Answer]:
@@ -48,7 +48,7 @@ async def _collect(job: Job) -> list[Answer]:
                 text="".join(texts[choice.index]),
                 tokens=tuple(tokens[choice.index]),
                 finish_reason=choice.finish_reason,
-                mean_logprob=choice.sum_logprobs / max(1, choice.num_tokens),
+                mean_logprob=choice.mean_logprob,
             )
         )
     return answers

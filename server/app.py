@@ -9,6 +9,7 @@ from server import errors
 from server.config import ServerConfig
 from server.limits import BodyLimit, LastResort, RequestIds
 from server.metrics import Metrics
+from server.protocol.errors import ErrorBody
 from server.routes import chat, completions, health, metrics, models
 from server.service import Engine, Service
 from server.version import VERSION
@@ -21,7 +22,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: ServerConfig) -> Fa
     app.state.service = service
     errors.install(app, service.metrics.count_rejected)
     for group in (completions, chat, models, health, metrics):
-        app.include_router(group.router(service))
+        app.include_router(group.router(service), responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     app.add_middleware(LastResort)
     app.add_middleware(RequestIds)  # the last one added is the outermost

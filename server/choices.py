@@ -59,14 +59,19 @@ class Choice:
         self.index = index
         self.finish_reason: Literal["stop", "length"] | None = None
         self.num_cached_tokens = 0
-        self.sum_logprobs = 0.0
-        """Over all tokens that were read; 0 when no log probabilities were asked for."""
         self._tokenizer = tokenizer
         self._params = params
         self._echo = echo
         self._text = TextStream(tokenizer, params, chat=chat)
         self._lister = TokenLister(tokenizer, params, drop_leading_space=chat, base=len(echo.text) if echo else 0)
         self._started = False
+        self._sum_logprobs = 0.0
+        self._num_scored = 0
+
+    @property
+    def mean_logprob(self) -> float:
+        """Over all tokens that were read; 0 when no log probabilities were asked for."""
+        return self._sum_logprobs / max(1, self._num_scored)
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +89,8 @@ class Choice:
         deltas = [] if self._started else self._start(event)
         read = self._text.push(event.token_ids, stopped=event.finish_reason is FinishReason.STOP)
         if event.logprobs is not None:
-            self.sum_logprobs += sum(entry.logprob for entry in event.logprobs)
+            self._sum_logprobs += sum(entry.logprob for entry in event.logprobs[: read.num_tokens])
+            self._num_scored += read.num_tokens
             self._lister.push(event.logprobs[: self._num_listed(event, read.num_tokens)])
         text = read.text
         if read.stop is not None:

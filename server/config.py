@@ -23,8 +23,6 @@ class ServerConfig:
     served_model_name: str
     """The id clients ask for; any other is answered 404."""
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-    max_choices: int = 128
-    """Choices one request may ask for: prompts times n (or best_of)."""
     max_body_bytes: int = 2 * 2**20
     shutdown_timeout: float = 60.0
     """Seconds that running requests may take to finish after the first signal."""

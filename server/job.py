@@ -15,6 +15,7 @@ from server.choices import Choice, ChoiceDelta, Echo
 from server.errors import BadRequestError
 from server.metrics import RequestTimer
 from server.protocol.common import Usage
+from server.protocol.fields import MAX_CHOICES
 from server.service import Service
 
 _BACKLOG = 64
@@ -55,7 +56,7 @@ class Job:
         Raises ApiError, EngineOverloadedError and EngineDeadError.
         """
         service.check_admission()
-        _check_fan_out(spec, service.config.max_choices)
+        _check_fan_out(spec)
         requests = [_request(spec, index) for index in range(len(spec.prompts) * spec.num_choices)]
         for request in requests[:: spec.num_choices]:
             try:
@@ -144,14 +145,13 @@ class Job:
                     self._service.metrics.count_aborted()
 
 
-def _check_fan_out(spec: JobSpec, max_choices: int) -> None:
+def _check_fan_out(spec: JobSpec) -> None:
     total = len(spec.prompts) * spec.num_choices
-    if total > max_choices:
-        param = "n" if spec.num_choices > 1 else "prompt"
+    if total > MAX_CHOICES:
         raise BadRequestError(
-            f"A request may have up to {max_choices} choices; {len(spec.prompts)} prompts times {spec.num_choices} are "
-            f"{total}.",
-            param=param,
+            f"A request may have up to {MAX_CHOICES} choices; {len(spec.prompts)} prompts times {spec.num_choices} "
+            f"are {total}.",
+            param="n" if spec.num_choices > 1 else "prompt",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from engine.types import EngineInfo
 
@@ -15,8 +16,8 @@ def summary(info: EngineInfo, *, model_name: str, url: str, chat: bool) -> str:
     cache_tokens = info.num_blocks * info.block_size
     return "\n".join(
         [
-            f"{model_name}: {info.model_type}, {info.total_params / 1e6:,.0f} M parameters, "
-            f"{info.active_params / 1e6:,.0f} M active for a token "
+            f"{model_name}: {info.model_type}, {_count(info.total_params)} parameters, "
+            f"{_count(info.active_params)} active for a token "
             f"({info.num_layers} layers, top-{info.num_experts_per_tok} of {info.num_experts} experts)",
             f"  engine    {info.backend} backend, {info.dtype} on {info.device}; "
             f"loaded {_size(info.load_bytes)} in {info.load_seconds:.1f} s ({rate:.2f} GB/s)",
@@ -44,7 +45,12 @@ def _curl(model_name: str, url: str, *, chat: bool) -> str:
     else:
         path = "/v1/completions"
         body = {"prompt": "The capital of France is", "stream": True}
-    return f"  curl -N {url}{path} -H 'Content-Type: application/json' -d '{json.dumps({'model': model_name} | body)}'"
+    data = shlex.quote(json.dumps({"model": model_name} | body))
+    return f"  curl -N {url}{path} -H 'Content-Type: application/json' -d {data}"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
 def _size(num_bytes: float) -> str:

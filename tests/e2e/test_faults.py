@@ -72,16 +72,17 @@ def test_killed_engine_answers_everyone_and_leaves_no_orphan(tiny_checkpoint: Pa
             killed = time.monotonic()
             engine.kill()
             ended: list[tuple[Future[Any], float]] = []
-            for future in (*streams, *plain):
+            everyone: list[Future[Any]] = [*streams, *plain]
+            for future in everyone:
                 future.exception(timeout=10)
                 ended.append((future, time.monotonic() - killed))
             assert max(seconds for _, seconds in ended) < 2
-            for future in streams:
-                *_, last = future.result()
+            for stream in streams:
+                *_, last = stream.result()
                 assert "error" in json.loads(last), "a stream ends with an error chunk, without [DONE]"
-            for future in plain:
-                assert future.result().status_code >= 500
-                assert future.result().json()["error"]["message"]
+            for answer in plain:
+                assert answer.result().status_code >= 500
+                assert answer.result().json()["error"]["message"]
         assert httpx.get(f"{server.url}/health").status_code == 503
         assert server.process.wait(15) not in (0, None)
         assert not engine.is_running()

@@ -83,8 +83,10 @@ class NaivePrefixCache(RuleBasedStateMachine):
         held.keys = []
 
     def write(self, sequence: Sequence, end: int) -> None:
+        others = {block for held in self.live if held.sequence is not sequence for block in held.sequence.block_table}
         for position in range(sequence.num_computed, end):
             slot = sequence.block_table[position // self.BLOCK_SIZE], position % self.BLOCK_SIZE
+            assert slot[0] not in others, "a shared block is written"
             self.slots[slot] = self.key(sequence, position + 1)
         sequence.num_computed = end
 
@@ -103,6 +105,7 @@ class NaivePrefixCache(RuleBasedStateMachine):
             return
         held = Held(sequence)
         self.blocks.take_prefix(sequence, prefix)
+        assert sequence.num_computed == len(expected) * self.BLOCK_SIZE
         for key in expected:
             if key in self.released:
                 self.released.remove(key)

@@ -26,7 +26,8 @@ def main(port: int, load_seconds: float) -> int:
                 asyncio.get_running_loop().call_later(0.1, engine.die, "killed by a test")
             return [5] * 10_000
 
-        return FakeEngine(script, step_seconds=0.02)
+        engine = FakeEngine(script, step_seconds=0.02)
+        return engine
 
     logging.basicConfig(level=logging.INFO)
     config = ServerConfig(served_model_name="fake", shutdown_timeout=2.0, death_grace=0.5)

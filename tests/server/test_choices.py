@@ -89,7 +89,7 @@ def test_a_plain_answer(tokenizer: Tokenizer) -> None:
     assert [[token.token_id for token in delta.tokens] for delta in deltas] == [[tokens[0]], [tokens[1]], []]
     assert choice.finish_reason == "stop"
     assert choice.num_tokens == 3, "the end of sequence counts"
-    assert choice.sum_logprobs == pytest.approx(sum(map(fake_logprob, [*tokens, EOS])))
+    assert choice.mean_logprob == pytest.approx(sum(map(fake_logprob, [*tokens, EOS])) / 3)
 
 
 def test_a_completion_keeps_its_leading_space_and_a_chat_does_not(tokenizer: Tokenizer) -> None:
@@ -105,7 +105,7 @@ def test_without_logprobs_nothing_is_listed(tokenizer: Tokenizer) -> None:
         ("Hello", (), None),
         ("", (), "length"),
     ]
-    assert choice.sum_logprobs == 0
+    assert choice.mean_logprob == 0
 
 
 def test_a_character_split_over_tokens_is_sent_whole(tokenizer: Tokenizer) -> None:

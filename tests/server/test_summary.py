@@ -15,7 +15,7 @@ from tests.server.fake_engine import fake_info
 def test_it_says_what_was_loaded_and_where_memory_went() -> None:
     text = summary(fake_info(), model_name="the model", url="http://127.0.0.1:8000", chat=True)
     for part in (
-        "the model: mixtral, 3 M parameters, 1 M active",
+        "the model: mixtral, 3.0 M parameters, 1.0 M active",
         "top-2 of 8 experts",
         "fake backend, float32 on cpu",
         "loaded 6.00 GB in 2.0 s (3.00 GB/s)",

@@ -2,9 +2,9 @@
 
     python -m tests.weights.memory_probe FOLDER SUFFIX
 
-The sink copies every byte of the tensors whose name ends in SUFFIX (of all, when it is empty) to a buffer and touches no
-other. Two kinds of memory, as the system counts them for this process, are sampled every 2 ms and at the worst moment of
-each tensor: anonymous (RssAnon) and file-mapped (RssFile).
+The sink copies every byte of the tensors whose name ends in SUFFIX (of all, when it is empty) to a buffer and touches
+no other. Two kinds of memory, as the system counts them for this process, are sampled every 2 ms and at the worst
+moment of each tensor: anonymous (RssAnon) and file-mapped (RssFile).
 """
 
 from __future__ import annotations

@@ -1,0 +1,49 @@
+"""engine/stream.py: what waits to be read."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from engine.stream import MAX_PENDING_EVENTS, Mailbox, merge
+from engine.types import FinishReason, TokenEvent, TokenLogprobs
+from tests.engine.engines import in_loop
+
+
+def test_merge() -> None:
+    def logprobs(token_id: int) -> TokenLogprobs:
+        return TokenLogprobs(token_id, -0.5, 1)
+
+    first = TokenEvent(
+        request_id="a", token_ids=(5,), logprobs=(logprobs(5),), prompt_logprobs=(logprobs(1),), num_cached_tokens=16
+    )
+    last = TokenEvent(
+        request_id="a",
+        token_ids=(7, 2),
+        logprobs=(logprobs(7), logprobs(2)),
+        finish_reason=FinishReason.STOP,
+        stop_reason=2,
+    )
+    assert merge([first]) is first
+    assert merge([first, last]) == TokenEvent(
+        request_id="a",
+        token_ids=(5, 7, 2),
+        logprobs=(logprobs(5), logprobs(7), logprobs(2)),
+        prompt_logprobs=(logprobs(1),),
+        num_cached_tokens=16,
+        finish_reason=FinishReason.STOP,
+        stop_reason=2,
+    )
+    assert merge([TokenEvent(request_id="a", token_ids=(1,)), TokenEvent(request_id="a")]).logprobs is None
+
+
+@in_loop
+async def test_a_mailbox_stays_small() -> None:
+    mailbox = Mailbox("a")
+    for i in range(10 * MAX_PENDING_EVENTS + 5):
+        mailbox.put(TokenEvent(request_id="a", token_ids=(i,)))
+        assert len(mailbox._events) < MAX_PENDING_EVENTS
+    assert (await mailbox.take()).token_ids == tuple(range(10 * MAX_PENDING_EVENTS + 5))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(mailbox.take(), 0.01)
