@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.errors import ConfigurationError
@@ -258,7 +259,7 @@ def parse_memory(text: str) -> int:
 
 
 def device_memory(device: str = "auto") -> int:
-    """Bytes of memory of the first GPU ("cuda", or "auto" where there is one), else of this machine.
+    """Bytes of memory of the first GPU ("cuda", or "auto" where there is one), else `host_memory()`.
 
     Raises ConfigurationError when "cuda" is asked for and there is none.
     """
@@ -269,7 +270,39 @@ def device_memory(device: str = "auto") -> int:
     if device != "cpu" and torch.cuda.is_available():
         total: int = torch.cuda.get_device_properties(0).total_memory
         return total
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host_memory()
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes of this machine's memory, or of what the control groups that this process is in leave of it.
+
+    A container or a service manager limits a group, and with it all groups inside. Where they are mounted is told by
+    convention (version 2: /sys/fs/cgroup, version 1: its folder "memory"), the way to our own by /proc/self/cgroup:
+    "0::/system.slice/mixserve.service" in version 2, "4:memory:/docker/3f2a" in version 1. Inside a container that way
+    may be the host's and lead nowhere, but the first folder is the container's then. `root` is where the files are.
+    """
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = root / "sys" / "fs" / "cgroup"
+    for line in _read_text(root / "proc" / "self" / "cgroup").splitlines():
+        controllers, _, group = line.partition(":")[2].partition(":")
+        if controllers == "":
+            folder, name = groups, "memory.max"
+        elif "memory" in controllers.split(","):
+            folder, name = groups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        path = PurePosixPath(group.lstrip("/"))
+        limits = [_read_text(folder / each / name).strip() for each in (path, *path.parents)]
+        sizes += [int(limit) for limit in limits if limit.isdecimal()]  # without a limit, version 2 says "max"
+    return min(sizes)
+
+
+def _read_text(path: Path) -> str:
+    """What is in the file; nothing when there is none that can be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _gb(num_bytes: float) -> str:

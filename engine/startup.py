@@ -46,7 +46,8 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     _check_options(config)
     device = pick_device(config.device)
     path = resolve(config.model, revision=config.revision)
-    checkpoint = open_checkpoint(path) if config.load_format == "auto" else None
+    # A folder with nothing but a config.json is enough for dummy weights.
+    checkpoint = open_checkpoint(path) if config.load_format == "auto" or path.suffix == ".gguf" else None
     model_config = checkpoint.config if checkpoint is not None else load_config(path)
     dtype_name = pick_dtype(config.dtype, model_config, device)
     max_model_len = _max_model_len(config, model_config)
@@ -54,7 +55,7 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     model = build_model(model_config, backend)
 
     _check_weights_fit(config, model_config, dtype_name, max_model_len, device)
-    if checkpoint is not None:
+    if checkpoint is not None and config.load_format == "auto":
         report = load(checkpoint, backend, progress=progress)
     else:
         report = dummy.load(model_config, backend, device=device, dtype=DTYPES[dtype_name], seed=config.seed)

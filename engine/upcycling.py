@@ -175,7 +175,9 @@ def _route(model: Decoder, config: ModelConfig, routers: Sequence[Tensor], ids: 
 
 
 def _distinct(expert_ids: Tensor, size: int) -> float:
-    """Mean number of distinct experts over consecutive groups of `size` tokens; expert_ids [T, K]."""
-    groups = expert_ids[: expert_ids.shape[0] // size * size].view(-1, size * expert_ids.shape[1])
+    """Mean number of distinct experts over groups of `size` tokens drawn at random, as the sequences of a decode batch
+    have nothing to do with each other; expert_ids [T, K]."""
+    shuffled = expert_ids[torch.randperm(expert_ids.shape[0], generator=torch.Generator().manual_seed(0))]
+    groups = shuffled[: shuffled.shape[0] // size * size].view(-1, size * expert_ids.shape[1])
     distinct: list[int] = [group.unique().numel() for group in groups]
     return sum(distinct) / len(distinct)

@@ -12,10 +12,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
 from server.options import Command, build_parser, engine_config
 from weights.errors import WeightsError
+
+if TYPE_CHECKING:
+    from weights.config import ModelConfig
 
 DEMO_NAME = "mixserve-demo"
 
@@ -79,17 +83,27 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from engine.plan import plan_model
-    from weights.config import load_config
     from weights.reader import resolve
 
     plan = plan_model(
-        load_config(resolve(arguments.model, revision=arguments.revision)),
+        _model_config(resolve(arguments.model, revision=arguments.revision, config_only=True)),
         dtype=None if arguments.dtype == "auto" else arguments.dtype,
         memory_bytes=arguments.memory,
         max_model_len=arguments.max_model_len,
     )
     print(json.dumps(plan.to_json_dict(), indent=2) if arguments.json else plan.table())
     return 0
+
+
+def _model_config(path: Path) -> ModelConfig:
+    """Of a folder, which needs no more than its config.json and no torch, or of a .gguf file."""
+    if path.suffix == ".gguf":
+        from weights.checkpoint import open_checkpoint
+
+        return open_checkpoint(path).config
+    from weights.config import load_config
+
+    return load_config(path)
 
 
 def _upcycle(arguments: argparse.Namespace) -> int:

@@ -98,7 +98,7 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a folder with a config.json, or a Hugging Face repository id")
+    parser.add_argument("model", metavar="MODEL", help="a folder with a config.json, a .gguf file or a repository id")
     parser.add_argument("--revision", help="branch, tag or commit of a repository; default: main")
     parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
     parser.add_argument("--memory", type=_memory, metavar="SIZE", help="80GiB, 141GB or bytes; default: this device's")

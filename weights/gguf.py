@@ -15,7 +15,7 @@ from torch import Tensor
 from weights.checkpoint import TensorInfo
 from weights.config import ModelConfig, parse_config
 from weights.errors import CheckpointError, ConfigError
-from weights.files import check_regular
+from weights.gguf_metadata import metadata, open_gguf
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -133,24 +133,6 @@ def rotary_halves(values: Tensor, num_heads: int) -> Tensor:
         raise CheckpointError(f"a q or k projection of {rows} rows does not divide into {num_heads} heads of even size")
     # [heads, head_dim/2, 2, D] -> [heads, 2, head_dim/2, D]
     return values.view(num_heads, rows // num_heads // 2, 2, hidden).transpose(1, 2).reshape(rows, hidden)
-
-
-def open_gguf(path: Path) -> GGUFReader:
-    """The file's metadata and tensors, mapped. Raises CheckpointError when it is not there or malformed."""
-    from gguf import GGUFReader
-
-    try:
-        check_regular(path, path.stat().st_mode)
-        return GGUFReader(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, IndexError, OverflowError, TypeError, MemoryError) as error:
-        raise CheckpointError(f"{path}: malformed GGUF file ({str(error)[:200]})") from None
-
-
-def metadata(reader: GGUFReader) -> dict[str, Any]:
-    """The scalar and string metadata by key (arrays are left where they are: a vocabulary has 50,000 entries)."""
-    return {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
 
 
 def _config(path: Path, reader: GGUFReader) -> ModelConfig:

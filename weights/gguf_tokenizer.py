@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence
 from tokenizers.processors import TemplateProcessing
 
 from weights.errors import CheckpointError
-from weights.gguf import metadata, open_gguf
+from weights.gguf_metadata import metadata, open_gguf
 
 CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _SPECIAL_KEYS = {

@@ -136,14 +136,14 @@ def test_penalties_look_where_they_should(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    "params",
-    [SamplingParams(top_k=1), SamplingParams(top_p=1e-9), SamplingParams(min_p=1.0)],
-    ids=lambda p: str(p)[-99:],
+    "narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"top_p": 1e-60}, {"min_p": 1.0}, {"top_k": 1, "top_p": 1e-9}], ids=str
 )
-def test_filters_at_their_narrowest_leave_the_best(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = random_logits(VOCAB, seed=4)
-    row = make_row(replace(params, temperature=2.0))
-    assert shares(logits, row, monkeypatch)[logits.argmax()] == 1.0
+def test_filters_at_their_narrowest_leave_the_best(narrow: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    row = make_row(SamplingParams(temperature=2.0, **narrow))  # type: ignore[arg-type]
+    for best in (0, 6, VOCAB - 1):
+        logits = random_logits(VOCAB)
+        logits[best] = 2.7
+        assert shares(logits, row, monkeypatch)[best] == 1.0
 
 
 def test_a_bias_forces_and_forbids(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +194,15 @@ def test_impossible_tokens_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> N
     for number in (0.0, 0.5, 1.0 - 2.0**-53):
         monkeypatch.setattr(sampler, "uniform", lambda *_, number=number: number)
         assert sample(logits[None], [make_row(SamplingParams(top_p=0.5))])[0].token_id == 7
+
+
+def test_a_tiny_probability_is_left_to_those_who_filter_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top-k alone keeps the second best, though the best has all of the probability that float32 can tell from 1."""
+    logits = torch.full((1, VOCAB), -30.0)
+    logits[0, [3, 9]] = torch.tensor([0.0, -20.0])
+    monkeypatch.setattr(sampler, "uniform", lambda *_: 1.0 - 1e-9)
+    rows = [make_row(SamplingParams(top_k=2)), make_row(SamplingParams(top_k=2, top_p=0.9999))]
+    assert [result.token_id for result in sample(logits.expand(2, -1), rows)] == [9, 3]
 
 
 def test_the_ends_of_the_stream_reach_the_ends_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

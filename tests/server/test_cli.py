@@ -15,9 +15,13 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig
+from engine.plan import params_by_kind
 from server.cli import cache_dir, main
 from server.options import build_parser, engine_config
 from server.run import listen
+from tests.tiny import TINY_MIXTRAL, tiny_tensors
+from tests.weights.gguf_files import write_gguf
+from tests.weights.hub_server import REPO, hub_server
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -169,6 +173,26 @@ def test_plan_of_a_folder_with_only_a_config(tmp_path: Path, capsys: pytest.Capt
     table = capsys.readouterr().out
     assert "46,702,792,704" in table
     assert "1,000 tokens" in table
+
+
+def test_plan_of_a_repository_fetches_its_configuration_alone(tmp_path: Path) -> None:
+    files = {"config.json": json.dumps(MIXTRAL_8X7B).encode(), "model.safetensors": b"weights", "tokenizer.json": b"{}"}
+    with hub_server(files) as hub:
+        result = run(
+            *("plan", REPO, "--memory", "141GB", "--json"),
+            HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0",
+        )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["total_params"] == 46_702_792_704
+    assert hub.downloads == ["config.json"]
+
+
+def test_plan_of_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_gguf(tmp_path / "model.gguf", TINY_MIXTRAL, tiny_tensors(TINY_MIXTRAL))
+    assert main(["plan", str(tmp_path / "model.gguf"), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["params"] == {kind.value: count for kind, count in params_by_kind(TINY_MIXTRAL).items()}
+    assert plan["max_model_len"] == TINY_MIXTRAL.max_position_embeddings
 
 
 def test_engine_options() -> None:

@@ -75,6 +75,8 @@ def test_tensors_at_odd_addresses(tmp_path: Path) -> None:
     raw += b" " * (-len(raw) % 8)
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
     assert read_header(path)["x"].start % 4 == 3
+    for _, tensor in open_checkpoint(tmp_path).read():
+        assert tensor.data_ptr() % tensor.element_size() == 0
     read = read_all(open_checkpoint(tmp_path))
     assert torch.equal(read["x"], values)
     assert bytes(read["odd"].tolist()) == b"abc"

@@ -10,6 +10,7 @@ import torch
 from tests.tiny import tiny_tensors, write_tiny_mixtral
 from tests.weights.hub_server import COMMIT, REPO, Hub, hub_server
 from weights.checkpoint import open_checkpoint
+from weights.config import load_config
 from weights.errors import CheckpointError, HubError
 from weights.reader import resolve
 
@@ -58,6 +59,14 @@ def test_a_repository_becomes_a_snapshot_of_links(hub: Hub, tmp_path: Path, revi
     assert checkpoint.config.eos_token_ids == (5,)
     expected = tiny_tensors(checkpoint.config)
     assert {name for name, tensor in checkpoint.read() if torch.equal(tensor, expected[name])} == expected.keys()
+
+
+def test_a_configuration_comes_without_the_weights(hub: Hub, tmp_path: Path) -> None:
+    folder = resolve(REPO, config_only=True, endpoint=hub.endpoint, cache_dir=tmp_path / "cache")
+    assert {path.name for path in folder.iterdir()} == set(hub.downloads) == {"config.json", "generation_config.json"}
+    assert load_config(folder).eos_token_ids == (5,)
+    assert resolve(REPO, endpoint=hub.endpoint, cache_dir=tmp_path / "cache") == folder
+    assert {path.name for path in folder.iterdir()} == set(hub.downloads) == USED, "the rest follows when it is needed"
 
 
 def test_a_snapshot_that_is_there_is_used_without_its_hub(hub: Hub, tmp_path: Path) -> None:

@@ -226,3 +226,12 @@ def test_defaults(server: Live) -> None:
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (1.0, 1.0, 0, 16)
     assert (params.seed, params.logprobs, params.prompt_logprobs) == (None, None, None)
     assert params.stop_token_ids == (2,), "the tokenizer's end of sequence"
+
+
+def test_cached_tokens_count_once_a_prompt(server: Live) -> None:
+    server.call(lambda: setattr(server.engine, "num_cached_tokens", 2))
+    usage = server.complete(prompt=[[5, 6, 7], [8, 9, 10]], n=4)["usage"]
+    assert usage["prompt_tokens"] == 6
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 4}
+    server.call(lambda: setattr(server.engine, "num_cached_tokens", 0))
+    assert "prompt_tokens_details" not in server.complete()["usage"]
