@@ -85,8 +85,9 @@ class EngineCore:
         for index, chunk in enumerate(plan.chunks):
             sequence = chunk.sequence
             sequence.num_computed += chunk.num_tokens
-            if len(sequence.prompt_logprobs) < sequence.num_prompt - 1:
-                sequence.prompt_logprobs += result.prompt_logprobs.get(index, [])
+            scores = result.prompt_logprobs.get(index, [])
+            # Entry i scores token i + 1. After a preemption the first ones come a second time.
+            sequence.prompt_logprobs += scores[max(0, len(sequence.prompt_logprobs) - chunk.start) :]
             if index in result.sampled:
                 if sequence.num_output == 0:
                     prompt_tokens += sequence.num_prompt

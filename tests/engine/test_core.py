@@ -270,6 +270,22 @@ def test_prompt_logprobs_equal_generated_ones(checkpoint: Path, budget: int) -> 
         assert entry.top[0][0] == entry.token_id
 
 
+def test_prompt_logprobs_survive_a_preemption(checkpoint: Path) -> None:
+    """A prompt that is preempted when half of it is scored is scored once."""
+    core = make_core(checkpoint, num_blocks=12, max_num_batched_tokens=8, enable_prefix_caching=False)
+    for index in range(2):
+        core.add(greedy(f"decode{index}", [index, 3], 40))
+    ids = [i * 7 % VOCAB for i in range(33)]
+    scoring = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0.0)
+    core.add(Request(request_id="late", prompt_ids=tuple(ids), params=scoring))
+    entries: list[TokenLogprobs] = []
+    while core.has_work:
+        for event in core.step():
+            entries += event.prompt_logprobs or ()
+    assert core.stats().num_preemptions > 0
+    assert [entry.token_id for entry in entries] == ids[1:]
+
+
 class FailingExecutor:
     """Runs out of memory in the given step and is well otherwise."""
 
