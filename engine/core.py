@@ -123,6 +123,7 @@ class EngineCore:
             logprobs=(sampled.logprobs,) if sampled.logprobs is not None and token_ids else None,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if scored else None,
             num_cached_tokens=sequence.num_cached,
+            queue_seconds=sequence.queue_seconds if first else None,
             finish_reason=reason,
             stop_reason=stop_reason,
         )

@@ -40,9 +40,9 @@ class Runner:
     @staticmethod
     def is_out_of_memory(error: RuntimeError) -> bool:
         """Whether `error` says that device or host memory ran out. The CPU allocator has no exception type of its
-        own.
+        own, only its name in the message.
         """
-        return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+        return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
     def _sampling_row(self, chunk: Chunk) -> SamplingRow:
         sequence = chunk.sequence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from enum import Enum, auto
 
 from engine.types import FinishReason, Request, TokenLogprobs
@@ -22,6 +23,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "added_at",
         "admitted",
         "arrival",
         "block_hashes",
@@ -31,6 +33,7 @@ class Sequence:
         "num_computed",
         "num_prompt",
         "prompt_logprobs",
+        "queue_seconds",
         "request",
         "seed",
         "status",
@@ -41,6 +44,8 @@ class Sequence:
         self.request = request
         self.arrival = arrival
         self.seed = seed
+        self.added_at = time.monotonic()
+        self.queue_seconds: float | None = None
         self.token_ids = list(request.prompt_ids)
         self.num_prompt = len(request.prompt_ids)
         self.num_computed = 0

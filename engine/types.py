@@ -91,6 +91,8 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     num_cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
+    queue_seconds: float | None = None
+    """With the first event of a request that was scheduled: how long it had waited for that."""
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     """The stop id that ended the request, when it was not an end-of-sequence id."""
