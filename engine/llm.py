@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.errors import ConfigurationError, EngineError, InvalidRequestError, RequestFailedError
+from engine.errors import EngineError, InvalidRequestError, RequestFailedError
 from engine.text import TextStream, Tokenizer, stop_reason, with_eos_ids
 from engine.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from engine.validate import check_request
@@ -57,11 +57,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(path, chat_template=chat_template)
         self.core = EngineCore.build(config)
         self.info = self.core.info
-        if self.tokenizer.vocab_size > self.info.vocab_size:
-            raise ConfigurationError(
-                f"the tokenizer has ids up to {self.tokenizer.vocab_size - 1}, but the model's vocabulary has "
-                f"{self.info.vocab_size} tokens; use the model's own tokenizer"
-            )
+        self.tokenizer.check_fits(self.info.vocab_size)
         self._num_requests = 0
 
     def generate(

@@ -72,6 +72,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             path, name = resolve(arguments.model, revision=arguments.revision), arguments.model
         tokenizer_path = path if arguments.tokenizer is None else resolve(arguments.tokenizer)
         tokenizer = Tokenizer.load(tokenizer_path, chat_template=arguments.chat_template)
+        tokenizer.check_fits(_model_config(path).vocab_size)
         config = ServerConfig(
             served_model_name=arguments.served_model_name or name,
             sampling_defaults=sampling_defaults(path),

@@ -212,8 +212,15 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, Tokenize
     return calls
 
 
+def model_folder(path: Path) -> Path:
+    """A folder with all of Mixtral 8x7B but its weights."""
+    shutil.copytree(MIXTRAL, path, dirs_exist_ok=True)
+    (path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
+    return path
+
+
 def test_the_served_name_and_the_defaults(served: list[tuple[ServerConfig, Tokenizer]], tmp_path: Path) -> None:
-    shutil.copytree(MIXTRAL, tmp_path, dirs_exist_ok=True)
+    model_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
     folder = str(tmp_path)
     assert main(["serve", folder, "--port", "0"]) == 0
@@ -226,6 +233,7 @@ def test_the_served_name_and_the_defaults(served: list[tuple[ServerConfig, Token
 def test_another_tokenizer_and_template(served: list[tuple[ServerConfig, Tokenizer]], tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}!")
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
     argv = ["serve", str(tmp_path), "--tokenizer", str(MIXTRAL), "--chat-template", str(template), "--port", "0"]
     assert main(argv) == 0
     tokenizer = served[0][1]
@@ -239,7 +247,7 @@ def test_the_demo_model(
     def demo_model(cache: Path, *, progress: bool = False) -> Path:
         assert cache == tmp_path
         assert progress
-        return MIXTRAL
+        return model_folder(tmp_path / "demo")
 
     monkeypatch.setattr("engine.demo.demo_model", demo_model)
     monkeypatch.setenv("MIXSERVE_CACHE", str(tmp_path))
