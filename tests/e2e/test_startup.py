@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
+from tests.e2e.running import free_port
 from tests.tiny import write_tiny_mixtral
 from tests.tiny_tokenizer import VOCAB_SIZE, write_byte_tokenizer
 
@@ -68,3 +75,27 @@ def test_a_checkpoint_that_is_not_what_its_config_says(
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert "nowhere" in failed_start(str(tmp_path / "nowhere"))
+
+
+def test_a_server_that_waits_for_its_model_answers_and_can_be_ended(tmp_path: Path) -> None:
+    """The demo's lock is held, as by another process that builds it."""
+    port = free_port()
+    with (tmp_path / "mixserve-demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "server", "serve", "--port", str(port)],
+            env=os.environ | {"MIXSERVE_CACHE": str(tmp_path)},
+        )
+        try:
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "loading"}:
+                        break
+                time.sleep(0.05)
+            assert httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 503
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(4) == 0
+        finally:
+            process.kill()
+            process.wait()

@@ -33,21 +33,22 @@ def test_logits_equal_transformers(variant: str, backend: str, tmp_path: Path) -
             break  # slow, and one schedule shows that it is the oracle
 
 
-def test_bfloat16_errs_no_more_than_transformers(tmp_path: Path) -> None:
-    """Mean error of bfloat16 logits against float32, over all variants and a long prompt: at most 1.2 times theirs."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_errs_no_more_than_transformers(dtype: str, tmp_path: Path) -> None:
+    """Mean error of the logits against float32, over all variants and a long prompt: at most 1.2 times theirs."""
     ids = torch.randint(0, 101, (200,), generator=torch.Generator().manual_seed(6)).tolist()
     ours = theirs = 0.0
     for variant in VARIANTS:
         folder = tmp_path / variant
         exact = make(variant, folder)
         rounded = MixtralForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
+            folder, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager"
         ).eval()
         with torch.inference_mode():
             expected = exact(torch.tensor([ids])).logits[0]
             scale = expected.abs().mean()
             theirs += ((rounded(torch.tensor([ids])).logits[0].float() - expected).abs().mean() / scale).item()
-        actual = paged_logits(load_runner(str(folder), dtype="bfloat16"), ids, [77, 123])
+        actual = paged_logits(load_runner(str(folder), dtype=dtype), ids, [77, 123])
         ours += ((actual - expected).abs().mean() / scale).item()
     assert ours <= 1.2 * theirs, f"{ours:.4f} against {theirs:.4f}"
 

@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from engine.text import Tokenizer
 from server.cli import cache_dir, main
 from server.config import SamplingDefaults, ServerConfig
 from server.options import build_parser, engine_config
-from server.run import listen
+from server.run import Prepared, listen
 from tests.server.conftest import MIXTRAL
 from tests.tiny import TINY_MIXTRAL, tiny_tensors
 from tests.weights.gguf_files import write_gguf
@@ -204,8 +204,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, Tokenize
     """What the serve command would serve; nothing is loaded."""
     calls: list[tuple[ServerConfig, Tokenizer]] = []
 
-    def serve(config: ServerConfig, tokenizer: Tokenizer, *_: Any) -> int:
-        calls.append((config, tokenizer))
+    def serve(_: socket.socket, prepare: Callable[[], Prepared]) -> int:
+        prepared = prepare()
+        calls.append((prepared.config, prepared.tokenizer))
         return 0
 
     monkeypatch.setattr("server.run.serve", serve)
