@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from engine.types import FinishReason, Request, TokenLogprobs
+from engine.types import FinishReason, Request, TokenLogprobs, TokenRouting
 
 
 class Status(Enum):
@@ -29,8 +29,10 @@ class Sequence:
         "finish_reason",
         "num_cached",
         "num_computed",
+        "num_ever_computed",
         "num_prompt",
         "prompt_logprobs",
+        "prompt_routing",
         "request",
         "seed",
         "status",
@@ -44,11 +46,13 @@ class Sequence:
         self.token_ids = list(request.prompt_ids)
         self.num_prompt = len(request.prompt_ids)
         self.num_computed = 0
+        self.num_ever_computed = 0
         self.num_cached = 0
         self.admitted = False
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
+        self.prompt_routing: list[TokenRouting] = []
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -26,6 +27,9 @@ from engine.plan import (
     plan_model,
 )
 from engine.profile import measure_activations
+from engine.routing.record import RoutingRecord
+from engine.routing.select import make_router, model_top_k
+from engine.routing.steering import SteeringTable
 from engine.runner import Runner
 from engine.types import EngineInfo, MemoryUse
 from weights import dummy
@@ -33,7 +37,7 @@ from weights.checkpoint import open_checkpoint
 from weights.config import ModelConfig, load_config
 from weights.families.mixtral import param_specs
 from weights.loader import load
-from weights.params import ParamSpec
+from weights.params import ParamKind, ParamSpec
 from weights.reader import resolve
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -52,7 +56,14 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     dtype_name = pick_dtype(config.dtype, model_config, device)
     max_model_len = _max_model_len(config, model_config)
     backend = make_backend(config.backend, param_specs(model_config), device=device, dtype=DTYPES[dtype_name])
-    model = build_model(model_config, backend)
+    router = make_router(
+        model_config,
+        router=config.router,
+        capacity_factor=config.capacity_factor,
+        simulation=config.routing_simulation,
+    )
+    model_config = replace(model_config, num_experts_per_tok=model_top_k(model_config, router))
+    model = build_model(model_config, backend, router)
 
     _check_weights_fit(config, model_config, dtype_name, max_model_len, device)
     if checkpoint is not None and config.load_format == "auto":
@@ -69,7 +80,22 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
         max_model_len=max_model_len,
     )
     cache = backend.new_kv_cache(model_config.num_layers, num_blocks, config.block_size, model.attention_shape)
-    runner = Runner(model, cache, eos_token_ids=frozenset(model_config.eos_token_ids))
+    record = None
+    if config.record_routing:
+        record = RoutingRecord(
+            num_layers=model_config.num_layers,
+            num_experts=model_config.num_experts,
+            top_k=model_config.num_experts_per_tok,
+            max_tokens=config.max_num_batched_tokens,
+            device=device,
+        )
+    runner = Runner(
+        model,
+        cache,
+        SteeringTable.for_model(model_config, num_slots=config.max_num_seqs + 1, device=device),
+        record=record,
+        eos_token_ids=frozenset(model_config.eos_token_ids),
+    )
     params = params_by_kind(model_config)
     itemsize = DTYPES[dtype_name].itemsize
     info = EngineInfo(
@@ -87,7 +113,14 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
         num_blocks=num_blocks,
-        enable_prefix_caching=config.enable_prefix_caching,
+        # What a block holds must not depend on who else was in the batch, nor on chance.
+        enable_prefix_caching=config.enable_prefix_caching and router.capacity_factor is None and not router.draws,
+        router=config.routing_simulation or config.router or model_config.router_type,
+        capacity_factor=router.capacity_factor,
+        routing_simulation=config.routing_simulation,
+        record_routing=config.record_routing,
+        max_experts_per_tok=router.max_choices,
+        expert_params=params.get(ParamKind.EXPERT, 0) // model_config.num_experts,
         eos_token_ids=model_config.eos_token_ids,
         total_params=sum(params.values()),
         active_params=active_params(model_config),

@@ -13,9 +13,12 @@ import torch
 import engine.batch as batches
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.executor import Executor, OutOfDeviceMemoryError, StepResult
+from engine.executor import Executor, OutOfDeviceMemoryError
+from engine.result import StepResult
+from engine.routing.record import RoutingSnapshot
+from engine.routing.steering import SteeringTable
 from engine.scheduler import StepPlan
-from engine.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from engine.types import FinishReason, Request, SamplingParams, Steering, TokenEvent, TokenLogprobs
 from tests.tiny import write_tiny_mixtral
 
 VOCAB = 97
@@ -150,8 +153,8 @@ def test_batching_changes_nothing(checkpoint: Path, seed: int) -> None:
 def test_the_batching_test_sees_a_broken_block_table(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = batches.build
 
-    def swapped(plan: StepPlan, *, block_size: int, device: torch.device) -> batches.Batch:
-        batch = build(plan, block_size=block_size, device=device)
+    def swapped(plan: StepPlan, *, block_size: int, steering: SteeringTable, device: torch.device) -> batches.Batch:
+        batch = build(plan, block_size=block_size, steering=steering, device=device)
         if batch.block_tables.shape[1] > 2:
             batch.block_tables[:, [0, 1]] = batch.block_tables[:, [1, 0]]
         return batch
@@ -193,8 +196,8 @@ def test_a_salt_and_a_steering_digest_keep_a_prefix_apart(checkpoint: Path) -> N
         {},
         {"cache_salt": "a"},
         {"cache_salt": "b"},
-        {"steering_digest": b"a"},
-        {"cache_salt": "a", "steering_digest": b"a"},
+        {"steering": Steering(min_p=0.5)},
+        {"cache_salt": "a", "steering": Steering(min_p=0.5)},
     ]
     for index, variant in enumerate(variants):
         request = replace(greedy(f"first{index}", ids, 1), **variant)  # type: ignore[arg-type]
@@ -300,6 +303,12 @@ class FailingExecutor:
 
     def peak_memory_bytes(self) -> int:
         return 1
+
+    def routing_snapshot(self) -> RoutingSnapshot | None:
+        return self.inner.routing_snapshot()
+
+    def reset_routing(self) -> None:
+        self.inner.reset_routing()
 
 
 def test_out_of_memory_fails_one_batch_and_spoils_no_cache(checkpoint: Path) -> None:

@@ -41,7 +41,12 @@ def paged_logits(runner: Runner, ids: list[int], chunks: list[int]) -> Tensor:
     with torch.inference_mode():
         for size in chunks:
             plan = StepPlan((Chunk(sequence, sequence.num_computed, size),))
-            batch = build(plan, block_size=runner.cache.block_size, device=torch.device("cpu"))
+            batch = build(
+                plan,
+                block_size=runner.cache.block_size,
+                steering=runner.steering,
+                device=torch.device("cpu"),
+            )
             rows.append(runner.model.logits(runner.model.forward(batch, runner.cache)))
             sequence.num_computed += size
     return torch.cat(rows)
