@@ -18,6 +18,7 @@ from engine.types import (
     EngineInfo,
     EngineStats,
     ExpertReport,
+    ExpertVisits,
     FinishReason,
     Request,
     TokenEvent,
@@ -132,6 +133,9 @@ class EngineCore:
             scores = result.prompt_logprobs.get(index, [])
             # Entry i scores token i + 1. After a preemption the first ones come a second time.
             sequence.prompt_logprobs += scores[max(0, len(sequence.prompt_logprobs) - chunk.start) :]
+            if index in result.expert_visits:
+                sequence.num_visits += result.expert_visits[index]
+                sequence.num_visited_tokens += chunk.num_tokens
             routing = result.routing.get(index, [])
             if sequence.request.trace_prompt_routing:
                 own = routing[: max(0, sequence.num_prompt - chunk.start)]
@@ -139,7 +143,7 @@ class EngineCore:
             if index in result.sampled:
                 if sequence.num_output == 0:
                     prompt_tokens += sequence.num_prompt
-                event = self._advance(chunk, result.sampled[index], routing, result.expert_visits.get(index, 0))
+                event = self._advance(chunk, result.sampled[index], routing)
                 generation_tokens += len(event.token_ids)
                 events.append(event)
         self._stats = replace(
@@ -151,7 +155,7 @@ class EngineCore:
         )
         return events
 
-    def _advance(self, chunk: Chunk, sampled: Sampled, routing: list[TokenRouting], visits: int) -> TokenEvent:
+    def _advance(self, chunk: Chunk, sampled: Sampled, routing: list[TokenRouting]) -> TokenEvent:
         """Append the sampled token and finish the sequence where it ends."""
         sequence = chunk.sequence
         request, params = sequence.request, sequence.request.params
@@ -160,6 +164,9 @@ class EngineCore:
         if params.max_tokens != 0:
             token_ids = (sampled.token_id,)
             sequence.token_ids.append(sampled.token_id)
+        visits = None
+        if sequence.num_visited_tokens:
+            visits = ExpertVisits(sequence.num_visits, sequence.num_visited_tokens)
         reason, stop_reason = self._end_of(sequence)
         if reason is not None:
             sequence.finish_reason = reason
@@ -172,9 +179,9 @@ class EngineCore:
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first and params.prompt_logprobs is not None else None,
             routing=tuple(routing[-1:]) if request.trace_routing and token_ids else None,
             prompt_routing=tuple(sequence.prompt_routing) if first and request.trace_prompt_routing else None,
-            num_expert_visits=visits,
-            num_computed_tokens=chunk.num_tokens,
+            expert_visits=visits,
             num_cached_tokens=sequence.num_cached,
+            queue_seconds=sequence.queue_seconds if first else None,
             finish_reason=reason,
             stop_reason=stop_reason,
         )

@@ -39,7 +39,7 @@ def num_kv_blocks(num_bytes: int, *, bytes_per_token: int, block_size: int, max_
     if num_blocks < needed:
         raise ConfigurationError(
             f"the KV cache of {_mebibytes(num_bytes)} holds {num_blocks * block_size} tokens, but one sequence of "
-            f"{max_model_len} tokens needs {_mebibytes(needed * block_size * bytes_per_token)}: give it more memory "
+            f"{max_model_len} tokens needs {needed * block_size * bytes_per_token:,} bytes: give it more memory "
             f"(--kv-cache-memory-bytes) or lower --max-model-len"
         )
     return num_blocks

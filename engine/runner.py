@@ -59,8 +59,10 @@ class Runner:
 
     @staticmethod
     def is_out_of_memory(error: RuntimeError) -> bool:
-        """Whether `error` says that device or host memory ran out. The CPU allocator has no exception of its own."""
-        return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+        """Whether `error` says that device or host memory ran out. The CPU allocator has no exception type of its
+        own, only its name in the message.
+        """
+        return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
     def _forward(self, batch: Batch) -> Tensor:
         record = self.record

@@ -191,9 +191,22 @@ def _report(logits: Tensor, chosen: Tensor, wanted: Sequence[int | None]) -> lis
     own = raw.gather(-1, chosen[select].unsqueeze(-1))
     ranks = (raw > own).sum(dim=-1).add(1).tolist()
     token_ids, values = chosen[select].tolist(), own.squeeze(-1).tolist()
-    best_values, best_ids = raw.topk(max(1, *(wanted[index] or 0 for index in asked), 1), dim=-1)
+    best_values, best_ids = _best(raw, max(wanted[index] or 0 for index in asked))
     tops = zip(best_ids.tolist(), best_values.tolist(), strict=True)
     for index, token_id, value, rank, (ids, top) in zip(asked, token_ids, values, ranks, tops, strict=True):
         pairs = tuple(zip(ids, top, strict=True))[: wanted[index] or 0]
         reports[index] = TokenLogprobs(token_id, value, rank, pairs)
     return reports
+
+
+def _best(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The `number` largest of each row of `values` [R, V] (all, when there are fewer) and where they are, equals in the
+    order of their indices: torch.topk leaves it open, so rows with equals among their best are sorted.
+    """
+    width = min(number + 1, values.shape[-1])
+    best, indices = values.topk(width, dim=-1)
+    tied = (best[:, 1:] == best[:, :-1]).any(dim=-1)
+    if tied.any():
+        in_order, order = values[tied].sort(dim=-1, descending=True, stable=True)
+        best[tied], indices[tied] = in_order[:, :width], order[:, :width]
+    return best[:, :number], indices[:, :number]

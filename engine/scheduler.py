@@ -8,6 +8,7 @@ make room by preempting the last: it is never stuck.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class Scheduler:
             self._continue(sequence, step)
         for sequence in [s for s in self.running if s.num_remaining > 1]:
             self._continue(sequence, step)
-        if not step.preempted:
+        if not step.short_of_blocks:
             self._admit(step)
         chunks = tuple(step.chunks.values())
         for chunk in chunks:
@@ -88,6 +89,7 @@ class Scheduler:
         while self.blocks.num_needed(sequence, end) > self.blocks.num_free:
             victim = self.running[-1]
             if victim is sequence:
+                step.short_of_blocks = True
                 return  # everyone before it goes first; it keeps its blocks and waits a step
             self._preempt(victim, step)
         self._grant(sequence, num_tokens, step)
@@ -104,6 +106,7 @@ class Scheduler:
             self.blocks.take_prefix(sequence, prefix)
             if not sequence.admitted:
                 sequence.admitted = True
+                sequence.queue_seconds = time.monotonic() - sequence.added_at
                 sequence.num_cached = sequence.num_computed
                 self.blocks.record_query(sequence.num_tokens, sequence.num_cached)
             sequence.status = Status.RUNNING
@@ -128,7 +131,7 @@ class Scheduler:
         sequence.status = Status.WAITING
         self.add(sequence)
         self.num_preemptions += 1
-        step.preempted = True
+        step.short_of_blocks = True
 
 
 class _Step:
@@ -137,4 +140,5 @@ class _Step:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.chunks: dict[int, Chunk] = {}
-        self.preempted = False
+        # Someone was preempted or waits for blocks: what is free is not for newcomers.
+        self.short_of_blocks = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from enum import Enum, auto
 
 from engine.types import FinishReason, Request, TokenLogprobs, TokenRouting
@@ -22,6 +23,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "added_at",
         "admitted",
         "arrival",
         "block_hashes",
@@ -31,8 +33,11 @@ class Sequence:
         "num_computed",
         "num_ever_computed",
         "num_prompt",
+        "num_visited_tokens",
+        "num_visits",
         "prompt_logprobs",
         "prompt_routing",
+        "queue_seconds",
         "request",
         "seed",
         "status",
@@ -43,10 +48,14 @@ class Sequence:
         self.request = request
         self.arrival = arrival
         self.seed = seed
+        self.added_at = time.monotonic()
+        self.queue_seconds: float | None = None
         self.token_ids = list(request.prompt_ids)
         self.num_prompt = len(request.prompt_ids)
         self.num_computed = 0
         self.num_ever_computed = 0
+        self.num_visits = 0
+        self.num_visited_tokens = 0
         self.num_cached = 0
         self.admitted = False
         self.block_table: list[int] = []

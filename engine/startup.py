@@ -176,6 +176,10 @@ def _check_options(config: EngineConfig) -> None:
         raise ConfigurationError(f"max_num_queued_requests must be at least 0, not {config.max_num_queued_requests}")
     if not (math.isfinite(config.gpu_memory_utilization) and 0 < config.gpu_memory_utilization <= 1):
         raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], not {config.gpu_memory_utilization}")
+    if config.dtype not in ("auto", *DTYPES):
+        raise ConfigurationError(f"dtype {config.dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    if config.backend not in ("auto", "torch", "reference"):
+        raise ConfigurationError(f"backend {config.backend!r} is not one of auto, torch, reference")
     if config.load_format not in ("auto", "dummy"):
         raise ConfigurationError(f"load_format {config.load_format!r} is not one of auto, dummy")
 
@@ -207,6 +211,10 @@ def _check_weights_fit(
         raise ConfigurationError(
             f"the weights take {plan.weight_bytes / 1e9:.1f} GB in {dtype}, this device has {total / 1e9:.1f} GB "
             f"and may use {config.gpu_memory_utilization:.0%} of it; `mixserve plan` tells what would fit"
+        )
+    if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes > total:
+        raise ConfigurationError(
+            f"kv_cache_memory_bytes {config.kv_cache_memory_bytes:,} is more than this device has ({total:,} bytes)"
         )
 
 

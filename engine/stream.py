@@ -108,6 +108,7 @@ def merge(events: list[TokenEvent]) -> TokenEvent:
         logprobs=logprobs,
         prompt_logprobs=next((event.prompt_logprobs for event in events if event.prompt_logprobs is not None), None),
         num_cached_tokens=max(event.num_cached_tokens for event in events),
+        queue_seconds=next((event.queue_seconds for event in events if event.queue_seconds is not None), None),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         error=last.error,

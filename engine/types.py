@@ -117,6 +117,14 @@ class TokenRouting:
     entropy: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertVisits:
+    """How much expert work a request took: `num_visits` experts computed, over `num_tokens` tokens and all layers."""
+
+    num_visits: int
+    num_tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
     """What one step did for one request. The last event of a request, and only that, has a `finish_reason`.
@@ -135,10 +143,10 @@ class TokenEvent:
     """Parallel to `token_ids`, when asked for."""
     prompt_routing: tuple[TokenRouting, ...] | None = None
     """One entry a prompt token, once, with the first token, when asked for."""
-    num_expert_visits: int = 0
-    """Experts that computed for this request in this step, over its computed tokens and all layers."""
-    num_computed_tokens: int = 0
-    """Tokens of this request that were computed in this step."""
+    expert_visits: ExpertVisits | None = None
+    """Of a steered request, since it began; only where routing is recorded."""
+    queue_seconds: float | None = None
+    """With the first event of a request that was scheduled: how long it had waited for that."""
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     """The stop id that ended the request, when it was not an end-of-sequence id."""

@@ -27,7 +27,6 @@ from engine.scheduler import Chunk, StepPlan
 from engine.sequence import Sequence as EngineSequence
 from engine.text import Tokenizer
 from engine.types import Request, SamplingParams
-from weights import demo
 from weights.checkpoint import open_checkpoint
 from weights.config import ModelConfig
 from weights.families.mixtral import param_specs
@@ -53,15 +52,6 @@ class UpcycleReport:
     distinct_experts: dict[int, float]
     imbalance_text: float
     imbalance_random: float
-
-
-def demo_model(cache: Path, *, progress: bool = False) -> Path:
-    """The folder of the demo checkpoint under `cache`, which is built on first use. Raises WeightsError."""
-
-    def build(dense: Path, out: Path) -> None:
-        upcycle(str(dense), out, num_experts=8, noise=0.0, seed=0, progress=progress)
-
-    return demo.checkpoint(cache, build)
 
 
 def upcycle(

@@ -65,7 +65,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise CommandError(str(error)) from None
     with sock:
         if arguments.model is None:
-            from engine.upcycling import demo_model
+            from engine.demo import demo_model
 
             path, name = demo_model(cache_dir(os.environ), progress=True), DEMO_NAME
         else:

@@ -117,6 +117,8 @@ class Job:
 
     async def _run(self, run: _Run) -> AsyncGenerator[ChoiceDelta, None]:
         async for event in run.events:
+            if event.queue_seconds is not None:
+                run.timer.queued(event.queue_seconds)
             run.timer.tokens(len(event.token_ids))
             for delta in run.choice.push(event):
                 if delta.finish_reason is not None:

@@ -55,12 +55,13 @@ class Metrics:
         self._first_token = histogram("time_to_first_token_seconds", "Submission to first token.", _FIRST_TOKEN_BUCKETS)
         self._inter_token = histogram("inter_token_latency_seconds", "Between two tokens.", _TOKEN_BUCKETS)
         self._e2e = histogram("e2e_request_latency_seconds", "Submission to last token.", _REQUEST_BUCKETS)
+        self._queue = histogram("request_queue_time_seconds", "Submission to first scheduled.", _REQUEST_BUCKETS)
         self._success = counter("request_success", "Requests that ran to their end.", "finished_reason")
         self._rejected = counter("requests_rejected", "Requests that were refused.", "reason")
         self._aborted = counter("requests_aborted", "Requests whose client left.").labels(model_name)
 
     def start_request(self) -> RequestTimer:
-        return RequestTimer(self._first_token, self._inter_token, self._e2e)
+        return RequestTimer(self._queue, self._first_token, self._inter_token, self._e2e)
 
     def count_success(self, finish_reason: str) -> None:
         self._success.labels(self._model_name, finish_reason).inc()
@@ -80,12 +81,17 @@ class Metrics:
 class RequestTimer:
     """Times one request from its submission."""
 
-    def __init__(self, first_token: Histogram, inter_token: Histogram, e2e: Histogram) -> None:
+    def __init__(self, queue: Histogram, first_token: Histogram, inter_token: Histogram, e2e: Histogram) -> None:
+        self._queue = queue
         self._first_token = first_token
         self._inter_token = inter_token
         self._e2e = e2e
         self._start = self._last = time.monotonic()
         self._num_tokens = 0
+
+    def queued(self, seconds: float) -> None:
+        """The engine says how long the request waited for its first step."""
+        self._queue.observe(seconds)
 
     def tokens(self, count: int) -> None:
         """`count` tokens arrived together."""

@@ -13,8 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub but the loopb
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     """The demo model where the server keeps it, built on first use (a download of 93 MB and half a minute)."""
+    from engine.demo import demo_model
     from server.cli import cache_dir
-
-    from engine.upcycling import demo_model
 
     return demo_model(cache_dir(os.environ), progress=False)

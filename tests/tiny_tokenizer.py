@@ -33,8 +33,7 @@ def write_byte_tokenizer(folder: Path) -> None:
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes: itself for one that prints, U+0100 and up for the others.
-    """
+    """GPT-2's printable stand-ins for the 256 bytes: itself for one that prints, U+0100 and up for the others."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(0x100 + others.index(byte)) for byte in range(256)]

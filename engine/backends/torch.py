@@ -63,6 +63,8 @@ class TorchBackend:
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
     def write_kv(self, cache: KVCache, layer: int, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+        # A masked position still takes part, times zero: who overflows must leave nothing behind that is not finite.
+        keys, values = (torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in (keys, values))
         cache.keys[layer].flatten(0, 1).index_copy_(0, slot_mapping, keys)
         cache.values[layer].flatten(0, 1).index_copy_(0, slot_mapping, values)
 
@@ -90,7 +92,8 @@ class TorchBackend:
 
     def experts(self, w13: str, w2: str, x: Tensor, routing: Routing, plan: ExpertPlan) -> Tensor:
         rows = x[plan.token_indices]
-        if self._grouped_mm:
+        # The grouped GEMM wants rows of a multiple of 16 bytes.
+        if self._grouped_mm and self._params[w13].shape[-1] % 8 == 0 and self._params[w2].shape[-1] % 8 == 0:
             ends = plan.offsets[1:]
             gate, up = F.grouped_mm(rows, self._params[w13].transpose(-2, -1), offs=ends).chunk(2, dim=-1)
             grouped = F.grouped_mm(F.silu(gate) * up, self._params[w2].transpose(-2, -1), offs=ends)

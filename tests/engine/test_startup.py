@@ -97,15 +97,15 @@ def test_a_cache_that_no_machine_holds(checkpoint: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_not_loaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, info = start(make_config(checkpoint))
-    weight_bytes = info.total_params * 4
+    config = make_config(checkpoint, kv_cache_memory_bytes=256 * BYTES_PER_TOKEN)
+    weight_bytes = start(config)[1].total_params * 4
     monkeypatch.setattr(startup, "load", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr(startup, "device_memory", lambda _: int(weight_bytes / 0.9) - 2)
     with pytest.raises(ConfigurationError, match="the weights take"):
-        start(make_config(checkpoint))
+        start(config)
     monkeypatch.undo()
     monkeypatch.setattr(startup, "device_memory", lambda _: int(weight_bytes / 0.9) + 2)
-    start(make_config(checkpoint))
+    start(config)
 
 
 def test_a_dense_model_is_pointed_to_upcycling(tmp_path: Path) -> None:

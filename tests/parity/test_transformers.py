@@ -51,7 +51,7 @@ def noisy_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def noisy_pair(noisy_demo: Path) -> Iterator[tuple[Runner, MixtralForCausalLM]]:
     model = MixtralForCausalLM.from_pretrained(noisy_demo, dtype=torch.float32).eval()
-    yield load_runner(str(noisy_demo), max_model_len=64), model
+    return load_runner(str(noisy_demo), max_model_len=64), model
 
 
 @pytest.mark.demo

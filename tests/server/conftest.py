@@ -9,7 +9,7 @@ import pytest
 
 from engine.text import Tokenizer
 from tests.server.fake_engine import FakeEngine
-from tests.server.harness import Live, live_server
+from tests.server.harness import GoodStreams, Live, live_server
 
 MIXTRAL = Path(__file__).parent.parent / "golden" / "mixtral-8x7b"
 ANSWER = " Hello from the fake engine."
@@ -41,3 +41,18 @@ def server(module_server: Live, tokenizer: Tokenizer) -> Live:
 
     module_server.call(reset)
     return module_server
+
+
+@pytest.fixture(scope="module")
+def busy_server(tokenizer: Tokenizer) -> Iterator[Live]:
+    """A server with four good streams beside whatever the tests of a module do to it; their text must not change."""
+    answer = tokenizer.encode(ANSWER.strip(), add_special_tokens=False)
+    with live_server(lambda: FakeEngine(lambda _: answer, step_seconds=0.005), tokenizer) as live:
+        good = GoodStreams(live)
+        try:
+            yield live
+        finally:
+            good.stop()
+        assert good.errors == []
+        assert len(good.texts) > 4
+        assert set(good.texts) == {ANSWER}

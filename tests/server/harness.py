@@ -108,3 +108,44 @@ def live_server(
         made["http"].should_exit = True
         thread.join(10)
         assert not thread.is_alive()
+
+
+def error_of(response: httpx2.Response, status: int) -> dict[str, Any]:
+    """The error object, which has exactly OpenAI's fields."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert body.keys() == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert "\n" not in error["message"]
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    return error
+
+
+class GoodStreams:
+    """Four clients that stream the same answer over and over."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._stop = threading.Event()
+        self.texts: list[str] = []
+        self.errors: list[Exception] = []
+        self._threads = [threading.Thread(target=self._run) for _ in range(4)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                chunks = self._live.chunks("/v1/completions", {"prompt": "Hi"})
+                self.texts.append("".join(chunk["choices"][0]["text"] for chunk in chunks))
+        except Exception as error:
+            self.errors.append(error)
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(10)

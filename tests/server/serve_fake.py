@@ -1,4 +1,4 @@
-"""`python -m tests.server.serve_fake PORT LOAD_SECONDS`: server.run.serve with a fake engine, for tests of its life.
+"""`python -m tests.server.serve_fake PORT LOAD_SECONDS SHUTDOWN_TIMEOUT`: server.run.serve with a fake engine.
 
 The engine needs 20 ms a token and never ends by itself. A prompt of the single token 7 kills it.
 """
@@ -17,7 +17,7 @@ from tests.server.conftest import MIXTRAL
 from tests.server.fake_engine import FakeEngine
 
 
-def main(port: int, load_seconds: float) -> int:
+def main(port: int, load_seconds: float, shutdown_timeout: float) -> int:
     async def start() -> FakeEngine:
         await asyncio.sleep(load_seconds)
 
@@ -30,10 +30,10 @@ def main(port: int, load_seconds: float) -> int:
         return engine
 
     logging.basicConfig(level=logging.INFO)
-    config = ServerConfig(served_model_name="fake", shutdown_timeout=2.0, death_grace=0.5)
+    config = ServerConfig(served_model_name="fake", shutdown_timeout=shutdown_timeout, death_grace=0.5)
     with listen("127.0.0.1", port) as sock:
         return serve(config, Tokenizer.load(MIXTRAL), sock, start)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), float(sys.argv[2])))
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])))

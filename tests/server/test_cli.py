@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,9 +17,12 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.plan import params_by_kind
+from engine.text import Tokenizer
 from server.cli import cache_dir, main
+from server.config import SamplingDefaults, ServerConfig
 from server.options import build_parser, engine_config
 from server.run import listen
+from tests.server.conftest import MIXTRAL
 from tests.tiny import TINY_MIXTRAL, tiny_tensors
 from tests.weights.gguf_files import write_gguf
 from tests.weights.hub_server import REPO, hub_server
@@ -193,6 +197,74 @@ def test_plan_of_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     plan = json.loads(capsys.readouterr().out)
     assert plan["params"] == {kind.value: count for kind, count in params_by_kind(TINY_MIXTRAL).items()}
     assert plan["max_model_len"] == TINY_MIXTRAL.max_position_embeddings
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, Tokenizer]]:
+    """What the serve command would serve; nothing is loaded."""
+    calls: list[tuple[ServerConfig, Tokenizer]] = []
+
+    def serve(config: ServerConfig, tokenizer: Tokenizer, *_: Any) -> int:
+        calls.append((config, tokenizer))
+        return 0
+
+    monkeypatch.setattr("server.run.serve", serve)
+    return calls
+
+
+def test_the_served_name_and_the_defaults(served: list[tuple[ServerConfig, Tokenizer]], tmp_path: Path) -> None:
+    shutil.copytree(MIXTRAL, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
+    folder = str(tmp_path)
+    assert main(["serve", folder, "--port", "0"]) == 0
+    assert main(["serve", folder, "--port", "0", "--served-model-name", "mine", "--shutdown-timeout", "7"]) == 0
+    assert [config.served_model_name for config, _ in served] == [folder, "mine"]
+    assert [config.shutdown_timeout for config, _ in served] == [ServerConfig(served_model_name="").shutdown_timeout, 7]
+    assert served[0][0].sampling_defaults == SamplingDefaults(temperature=0.6)
+
+
+def test_another_tokenizer_and_template(served: list[tuple[ServerConfig, Tokenizer]], tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}!")
+    argv = ["serve", str(tmp_path), "--tokenizer", str(MIXTRAL), "--chat-template", str(template), "--port", "0"]
+    assert main(argv) == 0
+    tokenizer = served[0][1]
+    ids = tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+    assert tokenizer.decode(ids) == "Hi!"
+
+
+def test_the_demo_model(
+    served: list[tuple[ServerConfig, Tokenizer]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def demo_model(cache: Path, *, progress: bool = False) -> Path:
+        assert cache == tmp_path
+        assert progress
+        return MIXTRAL
+
+    monkeypatch.setattr("engine.demo.demo_model", demo_model)
+    monkeypatch.setenv("MIXSERVE_CACHE", str(tmp_path))
+    assert main(["serve", "--port", "0"]) == 0
+    assert served[0][0].served_model_name == "mixserve-demo"
+
+
+def test_upcycle_reports_what_it_got(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from engine.upcycling import UpcycleReport
+
+    calls: list[tuple[Any, ...]] = []
+
+    def upcycle(*args: Any, **kwargs: Any) -> UpcycleReport:
+        calls.append((args, kwargs))
+        return UpcycleReport({8: 7.25, 32: 8.0}, 1.284, 1.14)
+
+    monkeypatch.setattr("engine.upcycling.upcycle", upcycle)
+    out = tmp_path / "out"
+    assert main(["upcycle", "dense", str(out), "--experts", "4", "--noise", "0.05", "--seed", "9"]) == 0
+    assert calls == [(("dense", out), {"num_experts": 4, "noise": 0.05, "seed": 9, "progress": True})]
+    text = capsys.readouterr().out
+    assert "7.2 at 8, 8.0 at 32" in text
+    assert "1.28 on text, 1.14 on random ids" in text
 
 
 def test_engine_options() -> None:

@@ -1,4 +1,4 @@
-"""The parser of request bodies, beside what test_bad_input.py sends through HTTP."""
+"""The parser of request bodies, beside what test_bad_requests.py sends through HTTP."""
 
 from __future__ import annotations
 
