@@ -134,9 +134,11 @@ class AsyncEngine:
         assert what_if is not None
         return what_if
 
-    async def reset_experts(self) -> None:
-        """Start the routing statistics anew. Raises as `expert_report`."""
-        await self._ask(ResetExperts(self._next_ask()))
+    async def reset_experts(self) -> ExpertReport:
+        """Start the routing statistics anew, and return what they said until now. Raises as `expert_report`."""
+        report = (await self._ask(ResetExperts(self._next_ask()))).report
+        assert report is not None
+        return report
 
     def _next_ask(self) -> int:
         self._num_asked += 1

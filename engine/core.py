@@ -8,8 +8,8 @@ from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.executor import Executor, OutOfDeviceMemoryError
 from engine.result import Sampled, StepResult
-from engine.routing.record import RoutingSnapshot
-from engine.routing.stats import stats, what_if, window
+from engine.routing.record import RoutingRecord
+from engine.routing.stats import stats, what_if
 from engine.scheduler import Chunk, Scheduler, StepPlan
 from engine.sequence import Sequence
 from engine.startup import start
@@ -94,7 +94,7 @@ class EngineCore:
 
     def expert_report(self) -> ExpertReport:
         """What the routing record says. Routing must be recorded."""
-        snapshot = self.routing_snapshot()
+        record = self.routing_record()
         info = self.info
         return ExpertReport(
             router=info.router,
@@ -102,25 +102,27 @@ class EngineCore:
             num_experts_per_tok=info.num_experts_per_tok,
             capacity_factor=info.capacity_factor,
             simulation=info.routing_simulation,
-            window=stats(window(snapshot)),
-            total=stats(snapshot.total),
+            window=stats(record.window()),
+            total=stats(record.total()),
             recomputed_tokens=self._stats.recomputed_tokens - self._recomputed_at_reset,
         )
 
     def capacity_what_if(self, capacity_factor: float) -> CapacityWhatIf:
         """What `capacity_factor` (> 0) would have dropped of the traffic seen. Routing must be recorded."""
-        return what_if(self.routing_snapshot(), capacity_factor)
+        return what_if(self.routing_record().snapshot(), capacity_factor)
 
-    def reset_experts(self) -> None:
-        """Start the routing record anew."""
-        self._executor.reset_routing()
+    def reset_experts(self) -> ExpertReport:
+        """Start the routing record anew, and return what it said until now. Routing must be recorded."""
+        report = self.expert_report()
+        self.routing_record().reset()
         self._recomputed_at_reset = self._stats.recomputed_tokens
+        return report
 
-    def routing_snapshot(self) -> RoutingSnapshot:
-        """The record's sums as tensors. Routing must be recorded."""
-        snapshot = self._executor.routing_snapshot()
-        assert snapshot is not None, "routing is not recorded"
-        return snapshot
+    def routing_record(self) -> RoutingRecord:
+        """What the routers decided. Routing must be recorded."""
+        record = self._executor.routing_record()
+        assert record is not None, "routing is not recorded"
+        return record
 
     def _postprocess(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         events: list[TokenEvent] = []

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from engine.memory import peak_memory_bytes
 from engine.result import StepResult
-from engine.routing.record import RoutingSnapshot
+from engine.routing.record import RoutingRecord
 from engine.runner import Runner
 from engine.scheduler import StepPlan
 
@@ -28,12 +28,8 @@ class Executor(Protocol):
         """Highest memory use so far: of the device on a GPU, of the process on the CPU."""
         ...
 
-    def routing_snapshot(self) -> RoutingSnapshot | None:
-        """The routing record's sums, None when routing is not recorded."""
-        ...
-
-    def reset_routing(self) -> None:
-        """Start the routing record anew."""
+    def routing_record(self) -> RoutingRecord | None:
+        """What the routers decided, None when it is not recorded."""
         ...
 
 
@@ -56,9 +52,5 @@ class LocalExecutor:
     def peak_memory_bytes(self) -> int:
         return peak_memory_bytes(self.runner.model.backend.device)
 
-    def routing_snapshot(self) -> RoutingSnapshot | None:
-        return None if self.runner.record is None else self.runner.record.snapshot()
-
-    def reset_routing(self) -> None:
-        if self.runner.record is not None:
-            self.runner.record.reset()
+    def routing_record(self) -> RoutingRecord | None:
+        return self.runner.record

@@ -104,7 +104,7 @@ class LLM:
         steps one by one (engine/routing/record.py). Raises ConfigurationError without `record_routing=True`."""
         if not self.info.record_routing:
             raise ConfigurationError("routing is not recorded: give LLM record_routing=True")
-        return self.core.routing_snapshot()
+        return self.core.routing_record().snapshot()
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
         try:

@@ -88,8 +88,8 @@ class Core(Protocol):
     def capacity_what_if(self, capacity_factor: float) -> CapacityWhatIf:
         """What a capacity factor would have dropped of the traffic seen."""
 
-    def reset_experts(self) -> None:
-        """Start the routing statistics anew."""
+    def reset_experts(self) -> ExpertReport:
+        """Start the routing statistics anew, and return what they said until now."""
 
 
 class CoreFactory(Protocol):
@@ -239,8 +239,7 @@ def _loop(core: Core, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> None:
                     case AskWhatIf(ask_id, capacity_factor):
                         outbox.send(Answer(ask_id, what_if=core.capacity_what_if(capacity_factor)))
                     case ResetExperts(ask_id):
-                        core.reset_experts()
-                        outbox.send(Answer(ask_id))
+                        outbox.send(Answer(ask_id, report=core.reset_experts()))
                     case Shutdown():
                         return
                     case _:

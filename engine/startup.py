@@ -27,6 +27,7 @@ from engine.plan import (
     plan_model,
 )
 from engine.profile import measure_activations
+from engine.routing.base import Router
 from engine.routing.record import RoutingRecord
 from engine.routing.select import make_router, model_top_k
 from engine.routing.steering import SteeringTable
@@ -113,8 +114,7 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
         num_blocks=num_blocks,
-        # What a block holds must not depend on who else was in the batch, nor on chance.
-        enable_prefix_caching=config.enable_prefix_caching and router.capacity_factor is None and not router.draws,
+        enable_prefix_caching=config.enable_prefix_caching and _repeatable(config, router),
         router=config.routing_simulation or config.router or model_config.router_type,
         capacity_factor=router.capacity_factor,
         routing_simulation=config.routing_simulation,
@@ -193,6 +193,12 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
             f"max_model_len {config.max_model_len} is over the model's context of {context} tokens"
         )
     return config.max_model_len
+
+
+def _repeatable(config: EngineConfig, router: Router) -> bool:
+    """Whether a token's hidden states depend on the tokens before it alone: not on who else is in the batch, nor on
+    chance. Otherwise no block may serve another request."""
+    return router.capacity_factor is None and not router.draws and config.routing_simulation is None
 
 
 def _check_weights_fit(

@@ -197,11 +197,12 @@ class CapacityWhatIf:
     capacity_factor: float
     window_steps: int
     window_assigned: int
-    window_overflow: tuple[tuple[float, ...], ...]
+    window_overflow: tuple[tuple[int, ...], ...]
     """Exact."""
+    total_capacity_factor: float
+    """The factor that the total is exact for: the largest twentieth, up to 4, that is not above the one asked for."""
     total_assigned: int
-    total_overflow: tuple[tuple[float, ...], ...]
-    """From a histogram of loads: too low by at most what lies in the bucket of the factor."""
+    total_overflow: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

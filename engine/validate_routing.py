@@ -7,8 +7,8 @@ import math
 from engine.errors import InvalidRequestError
 from engine.types import EngineInfo, Request, Steering
 
-MAX_TRACED_PLACES = 4_000_000
-"""Tokens * layers * experts a token that one request's trace may hold: some 30 MB of JSON."""
+MAX_TRACED_PLACES = 1_000_000
+"""Tokens * layers * experts a token that one request's trace may hold: some 15 MB of JSON."""
 
 
 def check_routing(request: Request, info: EngineInfo) -> None:
@@ -20,16 +20,26 @@ def check_routing(request: Request, info: EngineInfo) -> None:
     field = "routing" if request.trace_routing else "routing_prompt"
     if not info.record_routing:
         raise InvalidRequestError(f"{field}: this server does not record routing (--no-record-routing)", param=field)
-    max_tokens = info.max_model_len if request.params.max_tokens is None else request.params.max_tokens
-    num_tokens = max_tokens * request.trace_routing + len(request.prompt_ids) * request.trace_prompt_routing
-    top_k = (request.steering and request.steering.experts_per_token) or info.num_experts_per_tok
-    most = MAX_TRACED_PLACES // (info.num_layers * top_k)
+    num_tokens, most = traced_tokens(request, info), most_traced_tokens(request, info)
     if num_tokens > most:
         raise InvalidRequestError(
             f"{field}: a trace of {num_tokens} tokens is over this model's limit of {most}; lower max_tokens or leave "
             f"the prompt out",
             param=field,
         )
+
+
+def traced_tokens(request: Request, info: EngineInfo) -> int:
+    """The most tokens that the trace of `request` may have."""
+    num_prompt, max_tokens = len(request.prompt_ids), request.params.max_tokens
+    num_new = info.max_model_len - num_prompt if max_tokens is None else max_tokens
+    return num_new * request.trace_routing + num_prompt * request.trace_prompt_routing
+
+
+def most_traced_tokens(request: Request, info: EngineInfo) -> int:
+    """The most that it could have, with what it asks of routing."""
+    top_k = (request.steering and request.steering.experts_per_token) or info.num_experts_per_tok
+    return MAX_TRACED_PLACES // (info.num_layers * top_k)
 
 
 def _check_steering(steering: Steering, info: EngineInfo) -> None:

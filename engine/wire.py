@@ -83,7 +83,7 @@ class AskWhatIf(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class ResetExperts(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Start the routing record anew. Answered empty."""
+    """Start the routing record anew. Answered with the report until now."""
 
     ask_id: int
 

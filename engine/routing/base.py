@@ -36,7 +36,7 @@ class RoutingInputs:
 
     num_valid_tokens: Tensor  # [] int64: rows from here on are padding
     slots: Tensor  # [T] int64
-    top_k: Tensor  # [S] int64, at least 1
+    top_k: Tensor  # [S] int64, at least 1; slot 0 is the model's own K
     min_p: Tensor  # [S] float32, 0: off
     forbidden: Tensor  # [S, L, E] bool
     seeds: Tensor  # [T] int64: the random stream of the token's request

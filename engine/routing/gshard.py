@@ -26,7 +26,7 @@ class GShard:
     draws: bool = True
 
     def __call__(self, gates: GateOutput, layer: int, inputs: RoutingInputs) -> Routing:
-        chosen, weights = top_k(torch.softmax(mask_forbidden(gates.logits, layer, inputs), dim=-1), inputs)
+        chosen, weights = top_k(torch.softmax(mask_forbidden(gates.logits, layer, inputs), dim=-1), layer, inputs)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         kept = chosen >= 0
         if self.capacity_factor is not None:

@@ -30,5 +30,5 @@ class NoisyTopK:
             scale = 1.0 if gates.noise is None else F.softplus(gates.noise.float())
             values = values + scale * normals(inputs.seeds, inputs.positions, layer, gates.logits.shape[1])
         # Renormalised probabilities of the full softmax are the softmax over the kept values.
-        chosen, weights = top_k(torch.softmax(mask_forbidden(values, layer, inputs), dim=-1), inputs)
+        chosen, weights = top_k(torch.softmax(mask_forbidden(values, layer, inputs), dim=-1), layer, inputs)
         return Routing(chosen, weights / weights.sum(dim=-1, keepdim=True), gates.logits, chosen)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from engine.routing.base import Routing, RoutingInputs
+from engine.routing.capacity import capacity
 
 WINDOW_STEPS = 512
 """Steps in the sliding window."""
-NUM_BUCKETS = 64
-"""Buckets of the load histogram since start; see `bucket_bounds`."""
+CAPACITY_STEPS = 80
+"""Capacity factors 0.05, 0.10, … 4.00, for each of which overflow is added up since the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,7 @@ class RoutingSnapshot:
 
     total: Sums
     window: Sums  # every field with a leading [W]: one row a step, oldest first
-    load_assigned: Tensor  # [L, E, NUM_BUCKETS] float64: assignments in steps whose load fell in the bucket
-    load_share: Tensor  # [L, E, NUM_BUCKETS] float64: the even share, K * T / E, of those steps
+    overflow: Tensor  # [CAPACITY_STEPS, L, E] int64: what each of the `capacity_factors` would have dropped since start
     top_k: int  # the model's K
 
 
@@ -74,7 +74,7 @@ class RoutingRecord:
         self.chosen_ids = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.weights = torch.zeros(shape, dtype=torch.float32, device=device)
         self._sizes = {"num_layers": num_layers, "num_experts": num_experts, "device": device}
-        self._bounds = bucket_bounds(num_experts).to(device)
+        self._factors = capacity_factors().to(device)
         self._cursor = 0
         self.reset()
 
@@ -82,9 +82,9 @@ class RoutingRecord:
         """Forget all traffic."""
         self._total = Sums.zeros(**self._sizes)  # type: ignore[arg-type]
         self._ring = Sums.zeros(WINDOW_STEPS, **self._sizes)  # type: ignore[arg-type]
-        load = (*self._total.assigned.shape, NUM_BUCKETS)
-        self._load_assigned = torch.zeros(load, dtype=torch.float64, device=self.logits.device)
-        self._load_share = torch.zeros_like(self._load_assigned)
+        self._overflow = torch.zeros(
+            (CAPACITY_STEPS, *self._total.assigned.shape), dtype=torch.int64, device=self.logits.device
+        )
         self._cursor = 0
 
     def write(self, layer: int, routing: Routing) -> None:
@@ -99,7 +99,7 @@ class RoutingRecord:
         """Add the step to totals, ring and load histogram."""
         rows, width = inputs.slots.shape[0], min(inputs.max_top_k, self._num_experts)
         valid = torch.arange(rows, device=self.logits.device) < inputs.num_valid_tokens
-        probability = torch.softmax(self.logits[:, :rows], dim=-1) * valid.unsqueeze(-1)
+        probability = _probability(self.logits[:, :rows]) * valid.unsqueeze(-1)
         assigned = self._count(self.chosen_ids[:, :rows, :width], valid)
         dispatched = self._count(self.expert_ids[:, :rows, :width], valid)
         step = Sums(
@@ -115,20 +115,25 @@ class RoutingRecord:
             total += value
             ring[self._cursor % WINDOW_STEPS] = value
         self._cursor += 1
-        share = (self.top_k * inputs.num_valid_tokens.double() / self._num_experts).expand(assigned.shape)
-        bucket = torch.bucketize(assigned / share, self._bounds, right=True).unsqueeze(-1)
-        self._load_assigned.scatter_add_(-1, bucket, assigned.double().unsqueeze(-1))
-        self._load_share.scatter_add_(-1, bucket, share.unsqueeze(-1))
+        limits = capacity(self.top_k, self._num_experts, self._factors, inputs.num_valid_tokens)
+        self._overflow += (assigned - limits.long()[:, None, None]).clamp_(min=0)
+
+    def total(self) -> Sums:
+        """Everything since the start or the last reset, on the CPU; waits for the device."""
+        return Sums(*(tensor.clone().cpu() for tensor in self._total.tensors()))
+
+    def window(self) -> Sums:
+        """The last WINDOW_STEPS steps together, on the CPU; waits for the device."""
+        return Sums(*(tensor.sum(dim=0).cpu() for tensor in self._ring.tensors()))
 
     def snapshot(self) -> RoutingSnapshot:
         """Copies on the CPU; waits for the device."""
         length = min(self._cursor, WINDOW_STEPS)
         order = torch.arange(self._cursor - length, self._cursor) % WINDOW_STEPS
         return RoutingSnapshot(
-            total=Sums(*(tensor.clone().cpu() for tensor in self._total.tensors())),
+            total=self.total(),
             window=Sums(*(tensor.cpu()[order] for tensor in self._ring.tensors())),
-            load_assigned=self._load_assigned.clone().cpu(),
-            load_share=self._load_share.clone().cpu(),
+            overflow=self._overflow.clone().cpu(),
             top_k=self.top_k,
         )
 
@@ -137,7 +142,7 @@ class RoutingRecord:
         the CPU."""
         expert_ids = self.expert_ids[:, rows, :max_top_k].transpose(0, 1)
         weights = self.weights[:, rows, :max_top_k].transpose(0, 1)
-        entropy = torch.special.entr(torch.softmax(self.logits[:, rows], dim=-1)).sum(-1).T
+        entropy = torch.special.entr(_probability(self.logits[:, rows])).sum(-1).T
         return expert_ids.cpu(), weights.cpu(), entropy.cpu()
 
     def visits(self, num_rows: int, max_top_k: int) -> Tensor:
@@ -151,10 +156,12 @@ class RoutingRecord:
         return counts.scatter_add_(1, keys, torch.ones_like(keys))[:, 1:]
 
 
-def bucket_bounds(num_experts: int) -> Tensor:
-    """Upper bounds, exclusive, of all load buckets but the last: geometric from 1/8 of an even share to all of it.
+def _probability(logits: Tensor) -> Tensor:
+    """Softmax over the experts. A token whose gates overflowed, and padding that was never written, has none: one NaN
+    would spoil all sums to come."""
+    return torch.nan_to_num(torch.softmax(logits, dim=-1), nan=0.0)
 
-    An expert's load in a step is its assignments over the even share K * T / E: 1 is even, E / K is everything. The
-    load x lies in bucket b when bounds[b - 1] <= x < bounds[b].
-    """
-    return torch.logspace(-3, float(torch.tensor(float(num_experts)).log2()), NUM_BUCKETS - 1, base=2.0).double()
+
+def capacity_factors() -> Tensor:
+    """[CAPACITY_STEPS] float64. Twentieths, so that the factors people ask for are among them to the last bit."""
+    return torch.arange(1, CAPACITY_STEPS + 1, dtype=torch.float64) / 20

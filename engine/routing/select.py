@@ -17,7 +17,7 @@ from weights.config import ROUTER_TYPES, ModelConfig
 def make_router(
     config: ModelConfig, *, router: str | None, capacity_factor: float | None, simulation: str | None
 ) -> Router:
-    """The router of `config`, or the one called `router`; `capacity_factor` and `simulation` override as well.
+    """The router of `config`, or the one called `router`, with `capacity_factor`; or `simulation` instead of any.
 
     Asking for noisy_topk by name asks for its noise; a checkpoint whose router it is runs without. Switch and GShard
     need a capacity factor for their capacity; without one they drop nothing for want of it. Raises
@@ -31,6 +31,8 @@ def make_router(
     if simulation is not None:
         if simulation not in SIMULATIONS:
             raise ConfigurationError(f"routing_simulation {simulation!r} is not one of {', '.join(SIMULATIONS)}")
+        if router is not None or capacity_factor is not None:
+            raise ConfigurationError("routing_simulation replaces the router: leave router and capacity_factor out")
         return Simulated(simulation, config.num_experts)
     name = config.router_type if router is None else router
     if name == "switch":

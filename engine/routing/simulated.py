@@ -41,9 +41,8 @@ class Simulated:
             scores = 1.0 / (-draws.log() * (1.0 + experts))
         else:
             scores = (num_experts - experts).expand(num_tokens, num_experts)
-        allowed = ~inputs.forbidden[inputs.slots, layer]
         everyone = replace(inputs, min_p=torch.zeros_like(inputs.min_p))  # scores are no probabilities
-        chosen, _ = top_k(torch.where(allowed, scores.double(), 0.0), everyone)
+        chosen, _ = top_k(scores.double(), layer, everyone)
         used = chosen >= 0
         weights = used / used.sum(dim=-1, keepdim=True)
         return Routing(chosen, weights, gates.logits, chosen)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.routing.capacity import capacity
-from engine.routing.record import RoutingSnapshot, Sums, bucket_bounds
+from engine.routing.record import RoutingSnapshot, Sums, capacity_factors
 from engine.types import CapacityWhatIf, LayerRouting, RoutingStats
 
 
@@ -42,11 +42,6 @@ def stats(sums: Sums) -> RoutingStats:
     return RoutingStats(tokens=tokens, steps=steps, pooled_auxiliary_loss=pooled_loss(sums), layers=layers)
 
 
-def window(snapshot: RoutingSnapshot) -> Sums:
-    """The sums over the steps of the sliding window."""
-    return Sums(*(tensor.sum(dim=0) for tensor in snapshot.window.tensors()))
-
-
 def pooled_loss(sums: Sums) -> float:
     """The auxiliary loss as transformers' `load_balancing_loss_func` has it for Mixtral: over all layers together.
 
@@ -61,29 +56,31 @@ def pooled_loss(sums: Sums) -> float:
 
 
 def what_if(snapshot: RoutingSnapshot, capacity_factor: float) -> CapacityWhatIf:
-    """Assignments that a capacity factor would have made overflow.
+    """Assignments that a capacity factor would have made overflow: the sum over steps of max(0, n - C), with
+    C = ceil(c * K * T / E).
 
-    Exact over the window: the sum over its steps of max(0, n - C) with C = ceil(c * K * T / E). Since start only the
-    load histogram is left: it answers for C = c * K * T / E, not rounded up, and is exact for factors on a bucket's
-    bound and too low by at most the one bucket that the factor falls into otherwise.
+    Exact over the window, for any factor. Since the start only the sums for a table of factors are left: the answer is
+    exact for the largest of them that is not above the factor, which it names, and so no less than the truth for the
+    factor itself (for one below the whole table, no more than the truth).
     """
     num_experts = snapshot.total.assigned.shape[1]
     limits = capacity(snapshot.top_k, num_experts, capacity_factor, snapshot.window.tokens)
-    over = (snapshot.window.assigned.double() - limits[:, None, None]).clamp(min=0).sum(dim=0)
-    lower = torch.cat((torch.zeros(1, dtype=torch.float64), bucket_bounds(num_experts)))
-    beyond = snapshot.load_assigned - capacity_factor * snapshot.load_share
-    since = torch.where(lower >= capacity_factor, beyond, 0.0).clamp(min=0).sum(dim=-1)
+    # In float64: a limit may be any factor's, beyond all integers.
+    over = (snapshot.window.assigned.double() - limits[:, None, None]).clamp(min=0).sum(dim=0).long()
+    factors = capacity_factors()
+    bucket = max(0, int(torch.searchsorted(factors, capacity_factor, right=True)) - 1)
     return CapacityWhatIf(
         capacity_factor=capacity_factor,
         window_steps=int(snapshot.window.steps.sum()),
         window_assigned=int(snapshot.window.assigned.sum()),
-        window_overflow=_table(over.long()),
+        window_overflow=_table(over),
+        total_capacity_factor=float(factors[bucket]),
         total_assigned=int(snapshot.total.assigned.sum()),
-        total_overflow=_table(since),
+        total_overflow=_table(snapshot.overflow[bucket]),
     )
 
 
-def _table(values: Tensor) -> tuple[tuple[float, ...], ...]:
+def _table(values: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in values.tolist())
 
 

@@ -24,7 +24,7 @@ class Switch:
     draws: bool = False
 
     def __call__(self, gates: GateOutput, layer: int, inputs: RoutingInputs) -> Routing:
-        chosen, weights = top_k(torch.softmax(mask_forbidden(gates.logits, layer, inputs), dim=-1), inputs)
+        chosen, weights = top_k(torch.softmax(mask_forbidden(gates.logits, layer, inputs), dim=-1), layer, inputs)
         if self.capacity_factor is None:
             return Routing(chosen, weights, gates.logits, chosen)
         kept = within_capacity(chosen, gates.logits.shape[1], self.capacity_factor, inputs)

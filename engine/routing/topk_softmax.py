@@ -27,7 +27,7 @@ class TopKSoftmax:
 
     def __call__(self, gates: GateOutput, layer: int, inputs: RoutingInputs) -> Routing:
         probabilities = torch.softmax(mask_forbidden(gates.logits, layer, inputs), dim=-1)
-        chosen, weights = top_k(probabilities, inputs)
+        chosen, weights = top_k(probabilities, layer, inputs)
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if self.capacity_factor is None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import engine.batch as batches
-from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.executor import Executor, OutOfDeviceMemoryError
 from engine.result import StepResult
-from engine.routing.record import RoutingSnapshot
+from engine.routing.record import RoutingRecord
 from engine.routing.steering import SteeringTable
 from engine.scheduler import StepPlan
 from engine.types import FinishReason, Request, SamplingParams, Steering, TokenEvent, TokenLogprobs
+from tests.engine.cores import make_core
 from tests.tiny import write_tiny_mixtral
 
 VOCAB = 97
@@ -30,20 +30,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_mixtral(folder, vocab_size=VOCAB, num_experts=5, num_heads=6, max_position_embeddings=8192, seed=3)
     return folder
-
-
-def make_core(checkpoint: Path, *, num_blocks: int = 512, **options: object) -> EngineCore:
-    """A float32 core with exactly `num_blocks` blocks of 4 tokens."""
-    bytes_per_token = 2 * 2 * 2 * 8 * 4  # keys and values, 2 layers, 2 kv heads, head_dim 8, float32
-    config = EngineConfig(
-        model=str(checkpoint),
-        device="cpu",
-        dtype="float32",
-        block_size=4,
-        max_model_len=num_blocks * 4,
-        kv_cache_memory_bytes=num_blocks * 4 * bytes_per_token,
-    )
-    return EngineCore.build(replace(config, **options))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -304,11 +290,8 @@ class FailingExecutor:
     def peak_memory_bytes(self) -> int:
         return 1
 
-    def routing_snapshot(self) -> RoutingSnapshot | None:
-        return self.inner.routing_snapshot()
-
-    def reset_routing(self) -> None:
-        self.inner.reset_routing()
+    def routing_record(self) -> RoutingRecord | None:
+        return self.inner.routing_record()
 
 
 def test_out_of_memory_fails_one_batch_and_spoils_no_cache(checkpoint: Path) -> None:
