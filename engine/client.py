@@ -33,6 +33,9 @@ from engine.wire import (
 SILENCE_SECONDS = 2.0
 """Without a message for so long, the engine process counts as stopped: `healthy` is False until it speaks again."""
 
+HANG_SECONDS = 10.0
+"""Without a message for so long, it counts as hanging and is killed: whoever waits for it gets an error."""
+
 TICK_SECONDS = 0.25
 LEAVE_SECONDS = 5.0
 """How long an orderly shutdown may take before the process is killed."""
@@ -104,6 +107,8 @@ class AsyncEngine:
             raise EngineDeadError(self._ended)
         if self._draining:
             raise EngineOverloadedError("the server is shutting down")
+        if not self.healthy:
+            raise EngineOverloadedError("the engine does not answer")
         check_request(request, self.info)
         if request.request_id in self._mailboxes:
             raise InvalidRequestError(f"request id {request.request_id!r} is in flight already", param="request_id")
@@ -256,8 +261,8 @@ class AsyncEngine:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self._silent_ticks += 1
-            if self._silent_ticks * TICK_SECONDS > max(self._config.step_timeout, SILENCE_SECONDS):
-                self._give_up(f"the engine hangs: nothing heard of it for {self._config.step_timeout:g} seconds")
+            if self._silent_ticks * TICK_SECONDS > HANG_SECONDS:
+                self._give_up(f"the engine hangs: nothing heard of it for {HANG_SECONDS:g} seconds")
 
     def _give_up(self, cause: str) -> None:
         self._cause = self._cause or cause

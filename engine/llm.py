@@ -60,11 +60,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(path, chat_template=chat_template)
         self.core = EngineCore.build(config)
         self.info = self.core.info
-        if self.tokenizer.vocab_size > self.info.vocab_size:
-            raise ConfigurationError(
-                f"the tokenizer has ids up to {self.tokenizer.vocab_size - 1}, but the model's vocabulary has "
-                f"{self.info.vocab_size} tokens; use the model's own tokenizer"
-            )
+        self.tokenizer.check_fits(self.info.vocab_size)
         self._num_requests = 0
 
     def generate(

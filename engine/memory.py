@@ -38,7 +38,7 @@ def num_kv_blocks(num_bytes: int, *, bytes_per_token: int, block_size: int, max_
     needed = -(-max_model_len // block_size)
     if num_blocks < needed:
         raise ConfigurationError(
-            f"the KV cache of {_mebibytes(num_bytes)} holds {num_blocks * block_size} tokens, but one sequence of "
+            f"the KV cache of {max(0, num_bytes):,} bytes holds {num_blocks * block_size} tokens, but one sequence of "
             f"{max_model_len} tokens needs {needed * block_size * bytes_per_token:,} bytes: give it more memory "
             f"(--kv-cache-memory-bytes) or lower --max-model-len"
         )
@@ -60,7 +60,3 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _mebibytes(num_bytes: int) -> str:
-    return f"{max(0, num_bytes) / (1 << 20):,.1f} MiB"

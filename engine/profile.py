@@ -52,4 +52,6 @@ def _peak(model: Decoder, cache: KVCache, steering: SteeringTable, plan: StepPla
     before = torch.cuda.memory_allocated(device)
     Runner(model, cache, steering, eos_token_ids=frozenset()).run(plan)
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()  # what the allocator keeps would be taken for memory in use, and counted twice
+    return peak

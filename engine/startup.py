@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -67,20 +68,18 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     model = build_model(model_config, backend, router)
 
     _check_weights_fit(config, model_config, dtype_name, max_model_len, device)
+    bytes_per_token = kv_bytes_per_token(model_config, dtype_name)
+    num_blocks_in = partial(
+        num_kv_blocks, bytes_per_token=bytes_per_token, block_size=config.block_size, max_model_len=max_model_len
+    )
+    if config.kv_cache_memory_bytes is not None:
+        num_blocks_in(config.kv_cache_memory_bytes)  # too little: better said now than after a long load
     if checkpoint is not None and config.load_format == "auto":
         report = load(checkpoint, backend, progress=progress)
     else:
         report = dummy.load(model_config, backend, device=device, dtype=DTYPES[dtype_name], seed=config.seed)
 
-    activations = _activations(config, model_config, dtype_name, max_model_len, model)
-    bytes_per_token = kv_bytes_per_token(model_config, dtype_name)
-    num_blocks = num_kv_blocks(
-        kv_cache_bytes(config, device, activation_bytes=activations),
-        bytes_per_token=bytes_per_token,
-        block_size=config.block_size,
-        max_model_len=max_model_len,
-    )
-    cache = backend.new_kv_cache(model_config.num_layers, num_blocks, config.block_size, model.attention_shape)
+    steering = SteeringTable.for_model(model_config, num_slots=config.max_num_seqs + 1, device=device)
     record = None
     if config.record_routing:
         record = RoutingRecord(
@@ -90,10 +89,13 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
             max_tokens=config.max_num_batched_tokens,
             device=device,
         )
+    activations = _activations(config, model_config, dtype_name, max_model_len, model)
+    num_blocks = num_blocks_in(kv_cache_bytes(config, device, activation_bytes=activations))
+    cache = backend.new_kv_cache(model_config.num_layers, num_blocks, config.block_size, model.attention_shape)
     runner = Runner(
         model,
         cache,
-        SteeringTable.for_model(model_config, num_slots=config.max_num_seqs + 1, device=device),
+        steering,
         record=record,
         eos_token_ids=frozenset(model_config.eos_token_ids),
     )

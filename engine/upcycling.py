@@ -30,6 +30,7 @@ from engine.types import Request, SamplingParams
 from weights.checkpoint import open_checkpoint
 from weights.config import ModelConfig
 from weights.families.mixtral import param_specs
+from weights.files import check_new
 from weights.loader import load
 from weights.params import Piece
 from weights.reader import resolve
@@ -65,6 +66,7 @@ def upcycle(
     """
     if num_experts < 2:
         raise ConfigurationError(f"a mixture needs at least 2 experts, not {num_experts}")
+    check_new(out)  # said now rather than after a long calibration
     path = resolve(dense)
     checkpoint = open_checkpoint(path)
     config = checkpoint.config

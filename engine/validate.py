@@ -9,7 +9,8 @@ from engine.validate_routing import check_routing
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 4
 MAX_STOP_BYTES = 1024
-MAX_STOP_TOKEN_IDS = 128
+MAX_STOP_TOKEN_IDS = 256
+"""Twice what a client may send (server/protocol/fields.py): the tokenizer's end-of-sequence ids come on top."""
 MAX_LOGIT_BIAS = 300
 MAX_NAME_BYTES = 1024
 """Longest request id and cache salt."""

@@ -63,7 +63,12 @@ async def _collect(job: Job) -> list[Answer]:
 
 
 def best_of(answers: Sequence[Answer], num_generated: int, num_returned: int) -> list[Answer]:
-    """Of each `num_generated` answers to one prompt, the `num_returned` with the highest mean log probability."""
+    """Of each `num_generated` answers to one prompt, the `num_returned` with the highest mean log probability.
+
+    Where all are returned there is nothing to choose, and each keeps its index: the one that it has in a stream.
+    """
+    if num_generated == num_returned:
+        return list(answers)
     best: list[Answer] = []
     for start in range(0, len(answers), num_generated):
         ranked = sorted(answers[start : start + num_generated], key=lambda answer: -answer.mean_logprob)

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from server.options import Command, build_parser, engine_config
 from weights.errors import WeightsError
 
 if TYPE_CHECKING:
+    from server.run import Prepared
     from weights.config import ModelConfig
 
 DEMO_NAME = "mixserve-demo"
@@ -52,33 +54,41 @@ def cache_dir(environ: Mapping[str, str]) -> Path:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from engine.client import AsyncEngine
-    from engine.text import Tokenizer
-    from server.config import ServerConfig
-    from server.generation_config import sampling_defaults
     from server.run import ListenError, listen, serve
-    from weights.reader import resolve
 
     try:
         sock = listen(arguments.host, arguments.port)
     except ListenError as error:
         raise CommandError(str(error)) from None
     with sock:
-        if arguments.model is None:
-            from engine.demo import demo_model
+        return serve(sock, partial(_prepare, arguments))
 
-            path, name = demo_model(cache_dir(os.environ), progress=True), DEMO_NAME
-        else:
-            path, name = resolve(arguments.model, revision=arguments.revision), arguments.model
-        tokenizer_path = path if arguments.tokenizer is None else resolve(arguments.tokenizer)
-        tokenizer = Tokenizer.load(tokenizer_path, chat_template=arguments.chat_template)
-        config = ServerConfig(
-            served_model_name=arguments.served_model_name or name,
-            sampling_defaults=sampling_defaults(path),
-            shutdown_timeout=arguments.shutdown_timeout,
-        )
-        engine_options = engine_config(arguments, path)
-        return serve(config, tokenizer, sock, lambda: AsyncEngine.start(engine_options, progress=True))
+
+def _prepare(arguments: argparse.Namespace) -> Prepared:
+    """Find the model, which may download or build it, and load what the server itself needs of it."""
+    from engine import AsyncEngine
+    from engine.text import Tokenizer
+    from server.config import ServerConfig
+    from server.generation_config import sampling_defaults
+    from server.run import Prepared
+    from weights.reader import resolve
+
+    if arguments.model is None:
+        from engine.demo import demo_model
+
+        path, name = demo_model(cache_dir(os.environ), progress=True), DEMO_NAME
+    else:
+        path, name = resolve(arguments.model, revision=arguments.revision), arguments.model
+    tokenizer_path = path if arguments.tokenizer is None else resolve(arguments.tokenizer)
+    tokenizer = Tokenizer.load(tokenizer_path, chat_template=arguments.chat_template)
+    tokenizer.check_fits(_model_config(path).vocab_size)
+    config = ServerConfig(
+        served_model_name=arguments.served_model_name or name,
+        sampling_defaults=sampling_defaults(path),
+        shutdown_timeout=arguments.shutdown_timeout,
+    )
+    engine_options = engine_config(arguments, path)
+    return Prepared(config, tokenizer, lambda: AsyncEngine.start(engine_options, progress=True))
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,10 @@ _LONG_TRACE = 200
 """Tokens whose trace takes some 10 ms to put into JSON's form."""
 
 
+MAX_SCORED_ENTRIES = 1_000_000
+"""Log probabilities of prompt tokens in one answer: some 70 MB of JSON."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
     """What to generate: `num_choices` choices for each prompt. Choice `p * num_choices + c` is the c-th of prompt p.
@@ -160,6 +164,14 @@ class Job:
 
 
 def _check_fan_out(spec: JobSpec) -> None:
+    num_top = spec.params.prompt_logprobs
+    scored = 0 if num_top is None else sum(map(len, spec.prompts)) * spec.num_choices * (num_top + 1)
+    if scored > MAX_SCORED_ENTRIES:
+        raise BadRequestError(
+            f"Scoring the prompt in every choice takes {scored} log probabilities, at most {MAX_SCORED_ENTRIES} are "
+            f"given; ask for fewer choices, fewer logprobs or shorter prompts.",
+            param="logprobs",
+        )
     total = len(spec.prompts) * spec.num_choices
     if total > MAX_CHOICES:
         raise BadRequestError(

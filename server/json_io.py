@@ -38,8 +38,8 @@ def parse(body: bytes) -> Any:
 
 
 def dump(value: object) -> bytes:
-    """Compact UTF-8 JSON."""
-    return to_json(value)
+    """Compact UTF-8 JSON. What is no number (the logits of a broken checkpoint) is null: `NaN` is no JSON."""
+    return to_json(value, inf_nan_mode="null")
 
 
 class JsonResponse(Response):

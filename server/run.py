@@ -13,9 +13,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -28,6 +30,7 @@ from server.service import Engine, Service
 from server.summary import summary
 
 log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 _BACKLOG = 2048
 _FLUSH_SECONDS = 2
@@ -55,11 +58,22 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def serve(
-    config: ServerConfig, tokenizer: Tokenizer, sock: socket.socket, start_engine: Callable[[], Awaitable[Engine]]
-) -> int:
-    """Serve on `sock` until a signal or the engine's death; the exit code. Raises what `start_engine` raises."""
-    return asyncio.run(_serve(config, tokenizer, sock, start_engine))
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What there is to serve, once the model's files are there."""
+
+    config: ServerConfig
+    tokenizer: Tokenizer
+    start_engine: Callable[[], Awaitable[Engine]]
+
+
+def serve(sock: socket.socket, prepare: Callable[[], Prepared]) -> int:
+    """Serve on `sock` until a signal or the engine's death; the exit code.
+
+    `prepare` may take long (a download, a build): it runs in a thread, while HTTP answers that the model loads. Raises
+    what `prepare` and the engine's start raise.
+    """
+    return asyncio.run(_serve(sock, prepare))
 
 
 class HttpServer(uvicorn.Server):
@@ -98,22 +112,22 @@ class _Signals:
         (self.second if self.first.is_set() else self.first).set()
 
 
-async def _serve(
-    config: ServerConfig, tokenizer: Tokenizer, sock: socket.socket, start_engine: Callable[[], Awaitable[Engine]]
-) -> int:
+async def _serve(sock: socket.socket, prepare: Callable[[], Prepared]) -> int:
     signals = _Signals()
     front = Front()
     http = HttpServer(front, signals.receive)
     serving = asyncio.create_task(http.serve(sockets=[sock]))
     serving.add_done_callback(lambda _: signals.receive())  # should HTTP fail, there is nothing left to stay for
     try:
-        engine = await _unless(signals.first, start_engine())
-        if engine is None:
+        prepared = await _unless(signals.first, _in_thread(prepare))
+        engine = None if prepared is None else await _unless(signals.first, prepared.start_engine())
+        if prepared is None or engine is None:
             return 0
         try:
-            app = create_app(engine, tokenizer, config)
+            config = prepared.config
+            app = create_app(engine, prepared.tokenizer, config)
             front.put(app)
-            chat = tokenizer.has_chat_template
+            chat = prepared.tokenizer.has_chat_template
             print(summary(engine.info, model_name=config.served_model_name, url=_url(sock), chat=chat), flush=True)
             return await _until_end(engine, app.state.service, signals, config)
         finally:
@@ -123,7 +137,28 @@ async def _serve(
         await serving
 
 
-async def _unless(stop: asyncio.Event, work: Awaitable[Engine]) -> Engine | None:
+def _in_thread(work: Callable[[], _Result]) -> asyncio.Future[_Result]:
+    """The result of `work`, in a thread that does not keep the process from leaving: a download cannot be cancelled."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Result] = loop.create_future()
+
+    def tell(set_it: Callable[[Any], None], value: object) -> None:
+        if not future.done():
+            set_it(value)
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            loop.call_soon_threadsafe(tell, future.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(tell, future.set_result, result)
+
+    threading.Thread(target=run, name="prepare", daemon=True).start()
+    return future
+
+
+async def _unless(stop: asyncio.Event, work: Awaitable[_Result]) -> _Result | None:
     """The result of `work`, or None when `stop` comes first; `work` is cancelled then."""
     working = asyncio.ensure_future(work)
     await _first(working, stop.wait())

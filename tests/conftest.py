@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is loaded: threads that spin while a server under test needs their core make everything ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub but the loopback one it starts itself
 
 

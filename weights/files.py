@@ -66,14 +66,19 @@ def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def check_new(path: Path) -> None:
+    """Raises CheckpointError unless there is nothing at `path`, or an empty folder."""
+    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path}: is there already; name a new or empty folder")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that is renamed to it when the block ends well, and is removed otherwise.
 
     So `path` is complete whenever it is there. Raises CheckpointError when it is there already and not empty.
     """
-    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path}: is there already; name a new or empty folder")
+    check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
     try:

@@ -1,13 +1,15 @@
 """Chat templates: messages to the text of a prompt, in a Jinja sandbox configured as transformers configures its own.
 
 Templates come from the operator or the checkpoint, never from a request. They are still not trusted: they run without
-access to Python's internals, cannot change what they are given, and what they write and how far their ranges go is
-bounded.
+access to Python's internals, cannot change what they are given, and what they write, how far their ranges go and how
+large a product, power or formatted text may be is bounded. What they cost within those bounds is not: whoever serves a
+checkpoint runs its template.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -16,6 +18,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.text.errors import TemplateError
@@ -32,10 +35,11 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _GenerationBlock]
         )
         environment.filters["tojson"] = _tojson
+        environment.filters["format"] = _format
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
@@ -71,6 +75,36 @@ class ChatTemplate:
         except Exception as error:  # whatever its expressions raise: a template is a program of someone else
             raise TemplateError(f"the chat template failed: {_one_line(str(error) or type(error).__name__)}") from error
         return "".join(parts)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Refuses the operators that make something huge of something small, before they do."""
+
+    intercepted_binops = frozenset(("*", "**", "%"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            return _format(left, *(right if isinstance(right, tuple) else (right,)))
+        if operator == "*":
+            for repeated, times in ((left, right), (right, left)):
+                if isinstance(repeated, str | list | tuple) and isinstance(times, int):
+                    _check_size(len(repeated) * times)
+        if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            _check_size(bits // 8)
+        return super().call_binop(context, operator, left, right)
+
+
+def _format(text: str, *values: Any) -> str:
+    """`text % values` without widths that nobody needs."""
+    if re.search(r"\d{5}", text) or "*" in text:
+        raise TemplateError("the chat template formats with a width or precision that is too large")
+    return text % values
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_OUTPUT_CHARS:
+        raise TemplateError(f"the chat template makes a value of more than {MAX_OUTPUT_CHARS:,} characters")
 
 
 class _GenerationBlock(Extension):

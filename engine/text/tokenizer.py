@@ -11,6 +11,7 @@ from typing import Any
 
 import tokenizers
 
+from engine.errors import ConfigurationError
 from engine.text.detokenizer import Detokenizer
 from engine.text.errors import TemplateError
 from engine.text.files import TokenizerFiles, read_files
@@ -73,6 +74,14 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The highest id + 1."""
         return self.vocabulary.size
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise ConfigurationError unless every id is one of a model's `vocab_size` tokens."""
+        if self.vocab_size > vocab_size:
+            raise ConfigurationError(
+                f"the tokenizer has ids to {self.vocab_size - 1}, but the model's vocabulary has {vocab_size} tokens; "
+                f"use the model's own"
+            )
 
     @property
     def has_chat_template(self) -> bool:

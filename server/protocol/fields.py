@@ -14,6 +14,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 128
 MAX_MASK = 1024
 """Layers of an expert mask, and experts of a layer."""
 
@@ -95,7 +96,9 @@ Stop = Annotated[
     expect(f"a string or up to {MAX_STOP_STRINGS} strings, each of 1 to {MAX_STOP_LENGTH} characters"),
 ]
 StopTokenIds = Annotated[
-    list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_CHOICES), expect("a list of up to 128 token ids")
+    list[Annotated[int, Field(ge=0)]],
+    Field(max_length=MAX_STOP_TOKEN_IDS),
+    expect(f"a list of up to {MAX_STOP_TOKEN_IDS} token ids"),
 ]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), expect("a signed integer of 64 bits")]
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31), expect("a signed integer of 32 bits")]

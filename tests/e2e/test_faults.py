@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -172,18 +171,3 @@ def test_an_exhausted_cache_changes_no_answer(tiny_checkpoint: Path, tiny_server
         answer = httpx.post(f"{small.url}/v1/completions", json=LONG)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert squeezed == [ask(tiny_server.url)(body) for body in bodies]
-
-
-def test_a_busy_port_ends_the_start_in_one_line(tiny_checkpoint: Path) -> None:
-    import subprocess
-    import sys
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "server", "serve", str(tiny_checkpoint), "--port", port]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 1
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert port in result.stderr

@@ -16,7 +16,7 @@ import pytest
 
 from engine import client, wire
 from engine.client import AsyncEngine
-from engine.errors import ConfigurationError, EngineDeadError
+from engine.errors import ConfigurationError, EngineDeadError, EngineOverloadedError
 from tests.engine.engines import LOST_SECONDS, SLOW, fails_with_dead, in_loop, running, tokens_of, until
 from tests.engine.fake_core import CORE, Script, config_for, make_request
 
@@ -124,11 +124,17 @@ async def test_a_step_without_an_end_is_ended() -> None:
 
 
 @in_loop
-async def test_a_process_stopped_for_longer_than_a_step_may_take_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_is_silent_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "SILENCE_SECONDS", 0.8)
-    async with running(Script(), step_timeout=0.5) as engine:
+    monkeypatch.setattr(client, "HANG_SECONDS", 1.5)
+    async with running(Script()) as engine:
+        stream = engine.submit(make_request("a"))
         os.kill(engine.info.pid, signal.SIGSTOP)
-        assert "nothing heard" in await asyncio.wait_for(engine.wait_dead(), 2.5)
+        await until(lambda: not engine.healthy, 2)
+        with pytest.raises(EngineOverloadedError, match="does not answer"):
+            engine.submit(make_request("b"))
+        assert "nothing heard" in await fails_with_dead(stream)
+        assert engine.error is not None
 
 
 @in_loop

@@ -90,7 +90,7 @@ BAD: list[tuple[str, Any]] = [
     *[("logprobs", value) for value in (-1, 21, 10**9, True, 1.0)],
     *[("prompt_logprobs", value) for value in (-1, 21, 10**9, True, 1.0)],
     *[("stop", value) for value in (("a",) * 5, ("",), ("x" * 1025,), ("é" * 513,), ("\ud800",), (1,))],
-    *[("stop_token_ids", value) for value in ((-1,), (100,), (True,), ("1",), (1,) * 129)],
+    *[("stop_token_ids", value) for value in ((-1,), (100,), (True,), ("1",), (1,) * 257)],
     *[(name, 1) for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")],
     *[("priority", value) for value in (2**63, -(2**63) - 1, True, 1.0)],
     *[("cache_salt", value) for value in ("", "\ud800", "x" * 1025, 5)],

@@ -15,14 +15,14 @@ from engine.startup import start
 from engine.types import Request, SamplingParams, Steering
 
 
-def load_runner(folder: str, *, backend: str = "torch", max_model_len: int = 256) -> Runner:
-    """A float32 runner on the CPU with at least twice the blocks of one sequence."""
+def load_runner(folder: str, *, backend: str = "torch", dtype: str = "float32", max_model_len: int = 256) -> Runner:
+    """A runner on the CPU with at least twice the blocks of one sequence."""
     executor, _ = start(
         EngineConfig(
             model=folder,
             backend=backend,
             device="cpu",
-            dtype="float32",
+            dtype=dtype,
             block_size=4,
             max_model_len=max_model_len,
             kv_cache_memory_bytes=1 << 25,

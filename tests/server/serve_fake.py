@@ -12,7 +12,7 @@ import sys
 from engine.text import Tokenizer
 from engine.types import Request
 from server.config import ServerConfig
-from server.run import listen, serve
+from server.run import Prepared, listen, serve
 from tests.server.conftest import MIXTRAL
 from tests.server.fake_engine import FakeEngine
 
@@ -32,7 +32,7 @@ def main(port: int, load_seconds: float, shutdown_timeout: float) -> int:
     logging.basicConfig(level=logging.INFO)
     config = ServerConfig(served_model_name="fake", shutdown_timeout=shutdown_timeout, death_grace=0.5)
     with listen("127.0.0.1", port) as sock:
-        return serve(config, Tokenizer.load(MIXTRAL), sock, start)
+        return serve(sock, lambda: Prepared(config, Tokenizer.load(MIXTRAL), start))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,6 @@ def test_the_likeliest_of_each_prompt_in_order() -> None:
     assert [(item.index, item.text) for item in best] == [(0, "1"), (1, "2"), (2, "3"), (3, "5")]
 
 
-def test_all_of_them_keep_their_order_when_none_is_likelier() -> None:
-    found = [answer(index, 0.0) for index in range(4)]
+def test_all_of_them_keep_the_order_that_they_have_in_a_stream() -> None:
+    found = [answer(index, float(index)) for index in range(4)]
     assert best_of(found, 2, 2) == found

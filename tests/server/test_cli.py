@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from engine.text import Tokenizer
 from server.cli import cache_dir, main
 from server.config import SamplingDefaults, ServerConfig
 from server.options import build_parser, engine_config
-from server.run import listen
+from server.run import Prepared, listen
 from tests.server.conftest import MIXTRAL
 from tests.tiny import TINY_MIXTRAL, tiny_tensors
 from tests.weights.gguf_files import write_gguf
@@ -210,16 +210,24 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, Tokenize
     """What the serve command would serve; nothing is loaded."""
     calls: list[tuple[ServerConfig, Tokenizer]] = []
 
-    def serve(config: ServerConfig, tokenizer: Tokenizer, *_: Any) -> int:
-        calls.append((config, tokenizer))
+    def serve(_: socket.socket, prepare: Callable[[], Prepared]) -> int:
+        prepared = prepare()
+        calls.append((prepared.config, prepared.tokenizer))
         return 0
 
     monkeypatch.setattr("server.run.serve", serve)
     return calls
 
 
+def model_folder(path: Path) -> Path:
+    """A folder with all of Mixtral 8x7B but its weights."""
+    shutil.copytree(MIXTRAL, path, dirs_exist_ok=True)
+    (path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
+    return path
+
+
 def test_the_served_name_and_the_defaults(served: list[tuple[ServerConfig, Tokenizer]], tmp_path: Path) -> None:
-    shutil.copytree(MIXTRAL, tmp_path, dirs_exist_ok=True)
+    model_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
     folder = str(tmp_path)
     assert main(["serve", folder, "--port", "0"]) == 0
@@ -232,6 +240,7 @@ def test_the_served_name_and_the_defaults(served: list[tuple[ServerConfig, Token
 def test_another_tokenizer_and_template(served: list[tuple[ServerConfig, Tokenizer]], tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}!")
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
     argv = ["serve", str(tmp_path), "--tokenizer", str(MIXTRAL), "--chat-template", str(template), "--port", "0"]
     assert main(argv) == 0
     tokenizer = served[0][1]
@@ -245,7 +254,7 @@ def test_the_demo_model(
     def demo_model(cache: Path, *, progress: bool = False) -> Path:
         assert cache == tmp_path
         assert progress
-        return MIXTRAL
+        return model_folder(tmp_path / "demo")
 
     monkeypatch.setattr("engine.demo.demo_model", demo_model)
     monkeypatch.setenv("MIXSERVE_CACHE", str(tmp_path))

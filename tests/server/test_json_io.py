@@ -71,3 +71,7 @@ def test_large_bodies_are_quick() -> None:
     start = time.perf_counter()
     parse(json.dumps({"prompt": list(range(300_000)), "x": "9" * 400}).encode())
     assert time.perf_counter() - start < 1
+
+
+def test_what_is_no_number_is_null() -> None:
+    assert dump([float("nan"), float("inf"), 1.5]) == b"[null,null,1.5]"

@@ -21,7 +21,7 @@ import pytest
 from engine.errors import ConfigurationError
 from engine.text import Tokenizer
 from server.config import ServerConfig
-from server.run import ListenError, listen, serve
+from server.run import ListenError, Prepared, listen, serve
 from tests.server.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parent.parent.parent
@@ -207,7 +207,7 @@ def test_an_engine_that_does_not_start(tokenizer: Tokenizer) -> None:
         listen("127.0.0.1", 0) as sock,
         pytest.raises(ConfigurationError, match="no such device"),
     ):
-        serve(ServerConfig(served_model_name="fake"), tokenizer, sock, start_engine)
+        serve(sock, lambda: Prepared(ServerConfig(served_model_name="fake"), tokenizer, start_engine))
 
 
 def test_a_busy_port() -> None:

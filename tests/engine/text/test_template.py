@@ -92,6 +92,27 @@ def test_the_sandbox_holds(source: str) -> None:
         ChatTemplate(source, {}).render([dict(USER)], add_generation_prompt=True)
 
 
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "{% set x = 'a' * 1000000000 %}",
+        "{% set x = 1000000000 * 'a' %}",
+        "{% set x = [0] * 1000000000 %}",
+        "{% set x = 9 ** (9 ** 9) %}",
+        "{% set x = '%800000000d' % 1 %}",
+        "{% set x = '%*d' % (800000000, 1) %}",
+        "{% set x = '%800000000d' | format(1) %}",
+    ],
+)
+def test_small_things_do_not_become_huge(bomb: str) -> None:
+    fails(bomb, "too large|more than")
+
+
+def test_ordinary_arithmetic_and_formatting_work() -> None:
+    source = "{{ 3 * 4 }} {{ 2 ** 10 }} {{ 2 ** 0.5 > 1.4 }} {{ 'ab' * 3 }} {{ 7 % 4 }} {{ '%05.1f|%s' % (2.5, 'x') }} "
+    assert render(source + "{{ '%s-%d' | format('a', 3) }}") == "12 1024 True ababab 3 002.5|x a-3"
+
+
 def test_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_module, "MAX_OUTPUT_CHARS", 20)
     assert render("{% for m in messages %}{{ m.content }}{% endfor %}", *[USER] * 10) == "hi" * 10

@@ -228,6 +228,11 @@ def test_defaults(server: Live) -> None:
     assert params.stop_token_ids == (2,), "the tokenizer's end of sequence"
 
 
+def test_as_many_stop_ids_as_may_be_leave_room_for_the_end_of_sequence(server: Live) -> None:
+    assert server.complete(stop_token_ids=[9] * 128)["choices"]
+    assert last_request(server).params.stop_token_ids == (*[9] * 128, 2)
+
+
 def test_cached_tokens_count_once_a_prompt(server: Live) -> None:
     server.call(lambda: setattr(server.engine, "num_cached_tokens", 2))
     usage = server.complete(prompt=[[5, 6, 7], [8, 9, 10]], n=4)["usage"]
@@ -235,3 +240,14 @@ def test_cached_tokens_count_once_a_prompt(server: Live) -> None:
     assert usage["prompt_tokens_details"] == {"cached_tokens": 4}
     server.call(lambda: setattr(server.engine, "num_cached_tokens", 0))
     assert "prompt_tokens_details" not in server.complete()["usage"]
+
+
+def test_scoring_a_prompt_many_times_is_bounded(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.job.MAX_SCORED_ENTRIES", 20_000)
+    body: dict[str, Any] = {"prompt": [5] * 200, "max_tokens": 1, "echo": True, "logprobs": 20}
+    response = server.post(PATH, body | {"n": 128})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "logprobs"
+    assert "20000" in error["message"]
+    assert len(server.complete(**body, n=2)["choices"]) == 2
