@@ -55,7 +55,9 @@ class Runner:
         scores = self._score_prompts(plan, hidden)
         if self.record is None:
             return StepResult(sampled, scores)
-        return StepResult(sampled, scores, trace(plan, self.record, batch), expert_visits(plan, self.record, batch))
+        reports = trace(plan, self.record, batch), expert_visits(plan, self.record, batch)
+        self.record.reduce(batch.routing)  # last: a step that runs out of memory does not count
+        return StepResult(sampled, scores, *reports)
 
     @staticmethod
     def is_out_of_memory(error: RuntimeError) -> bool:
@@ -72,9 +74,7 @@ class Runner:
         def observe(layer: int, _: Tensor, routing: Routing) -> None:
             record.write(layer, routing)
 
-        hidden = self.model.forward(batch, self.cache, observe)
-        record.reduce(batch.routing)
-        return hidden
+        return self.model.forward(batch, self.cache, observe)
 
     def _sampling_row(self, chunk: Chunk) -> SamplingRow:
         sequence = chunk.sequence

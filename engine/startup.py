@@ -30,7 +30,7 @@ from engine.plan import (
 from engine.profile import measure_activations
 from engine.routing.base import Router
 from engine.routing.record import RoutingRecord
-from engine.routing.select import make_router, model_top_k
+from engine.routing.select import check_options, make_router, model_top_k
 from engine.routing.steering import SteeringTable
 from engine.runner import Runner
 from engine.types import EngineInfo, MemoryUse
@@ -182,6 +182,7 @@ def _check_options(config: EngineConfig) -> None:
         raise ConfigurationError(f"dtype {config.dtype!r} is not one of auto, {', '.join(DTYPES)}")
     if config.backend not in ("auto", "torch", "reference"):
         raise ConfigurationError(f"backend {config.backend!r} is not one of auto, torch, reference")
+    check_options(router=config.router, capacity_factor=config.capacity_factor, simulation=config.routing_simulation)
     if config.load_format not in ("auto", "dummy"):
         raise ConfigurationError(f"load_format {config.load_format!r} is not one of auto, dummy")
 

@@ -15,6 +15,9 @@ def check_routing(request: Request, info: EngineInfo) -> None:
     """Raise InvalidRequestError, naming the field of the HTTP contract, unless the engine can route `request` so."""
     if request.steering is not None:
         _check_steering(request.steering, info)
+    for name, asked in (("routing", request.trace_routing), ("routing_prompt", request.trace_prompt_routing)):
+        if type(asked) is not bool:
+            raise InvalidRequestError(f"{name} must be true or false, not {asked!r}", param=name)
     if not (request.trace_routing or request.trace_prompt_routing):
         return
     field = "routing" if request.trace_routing else "routing_prompt"

@@ -14,6 +14,18 @@ from engine.routing.topk_softmax import TopKSoftmax
 from weights.config import ROUTER_TYPES, ModelConfig
 
 
+def check_options(*, router: str | None, capacity_factor: float | None, simulation: str | None) -> None:
+    """Raise ConfigurationError for what no model can be routed by; `make_router` has the rest."""
+    if router is not None and router not in ROUTER_TYPES:
+        raise ConfigurationError(f"router {router!r} is not one of {', '.join(ROUTER_TYPES)}")
+    if capacity_factor is not None and not (math.isfinite(capacity_factor) and capacity_factor > 0):
+        raise ConfigurationError(f"capacity_factor must be above 0, not {capacity_factor}")
+    if simulation is not None and simulation not in SIMULATIONS:
+        raise ConfigurationError(f"routing_simulation {simulation!r} is not one of {', '.join(SIMULATIONS)}")
+    if simulation is not None and (router is not None or capacity_factor is not None):
+        raise ConfigurationError("routing_simulation replaces the router: leave router and capacity_factor out")
+
+
 def make_router(
     config: ModelConfig, *, router: str | None, capacity_factor: float | None, simulation: str | None
 ) -> Router:
@@ -23,16 +35,9 @@ def make_router(
     need a capacity factor for their capacity; without one they drop nothing for want of it. Raises
     ConfigurationError.
     """
-    if router is not None and router not in ROUTER_TYPES:
-        raise ConfigurationError(f"router {router!r} is not one of {', '.join(ROUTER_TYPES)}")
+    check_options(router=router, capacity_factor=capacity_factor, simulation=simulation)
     factor = config.capacity_factor if capacity_factor is None else capacity_factor
-    if factor is not None and not (math.isfinite(factor) and factor > 0):
-        raise ConfigurationError(f"capacity_factor must be above 0, not {factor}")
     if simulation is not None:
-        if simulation not in SIMULATIONS:
-            raise ConfigurationError(f"routing_simulation {simulation!r} is not one of {', '.join(SIMULATIONS)}")
-        if router is not None or capacity_factor is not None:
-            raise ConfigurationError("routing_simulation replaces the router: leave router and capacity_factor out")
         return Simulated(simulation, config.num_experts)
     name = config.router_type if router is None else router
     if name == "switch":

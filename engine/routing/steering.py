@@ -56,7 +56,6 @@ class SteeringTable:
             slot = self._free.pop() if self._free else self._slots.popitem(last=False)[1]
             self._fill(slot, steering)
             self._slots[steering] = slot
-        self._slots.move_to_end(steering)
         return self._slots[steering]
 
     def _fill(self, slot: int, steering: Steering) -> None:

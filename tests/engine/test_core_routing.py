@@ -161,9 +161,13 @@ def test_what_the_prefix_cache_skipped_is_not_counted(handmade: Path) -> None:
     assert run(core, greedy("c", prompt, 1, Steering(experts_per_token=1)))["c"][0].num_cached_tokens == 0
 
 
-def test_recomputed_tokens_are_counted_and_said_to_be(handmade: Path) -> None:
-    """Room for 32 tokens, and two sequences of 20: the second one is thrown out and begins again."""
-    core = make_core(handmade, record_routing=True, num_blocks=8, enable_prefix_caching=False)
+@pytest.mark.parametrize("budget", [2048, 3])
+def test_recomputed_tokens_are_counted_and_said_to_be(handmade: Path, budget: int) -> None:
+    """Room for 32 tokens, and two sequences of 20: the second one is thrown out and begins again, in pieces if need
+    be."""
+    core = make_core(
+        handmade, record_routing=True, num_blocks=8, max_num_batched_tokens=budget, enable_prefix_caching=False
+    )
     run(core, greedy("a", [1] * 4, 16), greedy("b", [2] * 4, 16))
     stats, report = core.stats(), core.expert_report()
     assert stats.num_preemptions == 1

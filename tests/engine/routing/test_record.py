@@ -85,8 +85,11 @@ def test_a_snapshot_is_a_copy() -> None:
     steps = make_steps(5)
     record = recorded(steps[:3])
     before, total, window = record.snapshot(), record.total(), record.window()
+    overflow = before.overflow.clone()
     for step in steps[3:]:
         observe(record, step)
+    assert torch.equal(before.overflow, overflow)
+    assert not torch.equal(record.snapshot().overflow, overflow)
     for sums in (before.total, total, window):
         check_sums(sums, steps[:3])
     check_sums(Sums(*(tensor.sum(dim=0) for tensor in before.window.tensors())), steps[:3])
