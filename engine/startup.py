@@ -89,16 +89,13 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
             max_tokens=config.max_num_batched_tokens,
             device=device,
         )
-    activations = _activations(config, model_config, dtype_name, max_model_len, model)
+    # A request may ask for more experts than the model's own K.
+    widest = replace(model_config, num_experts_per_tok=router.max_choices)
+    activations = _activations(config, widest, dtype_name, max_model_len, model)
     num_blocks = num_blocks_in(kv_cache_bytes(config, device, activation_bytes=activations))
     cache = backend.new_kv_cache(model_config.num_layers, num_blocks, config.block_size, model.attention_shape)
-    runner = Runner(
-        model,
-        cache,
-        steering,
-        record=record,
-        eos_token_ids=frozenset(model_config.eos_token_ids),
-    )
+    eos_token_ids = frozenset(model_config.eos_token_ids)
+    runner = Runner(model, cache, steering, record=record, eos_token_ids=eos_token_ids)
     params = params_by_kind(model_config)
     itemsize = DTYPES[dtype_name].itemsize
     info = EngineInfo(

@@ -59,6 +59,9 @@ def _check_steering(steering: Steering, info: EngineInfo) -> None:
 
 
 def _check_mask(steering: Steering, info: EngineInfo) -> None:
+    most = (info.num_layers + 1) * info.num_experts
+    if sum(len(experts) for _, experts in steering.forbidden) > most:
+        raise InvalidRequestError(f"expert_mask may name up to {most} experts in all", param="expert_mask")
     left = [set(range(info.num_experts)) for _ in range(info.num_layers)]
     for layer, experts in steering.forbidden:
         if layer is not None and not (type(layer) is int and 0 <= layer < info.num_layers):

@@ -17,6 +17,11 @@ def mask_forbidden(logits: Tensor, layer: int, inputs: RoutingInputs) -> Tensor:
     return logits.float().masked_fill(inputs.forbidden[inputs.slots, layer], -torch.inf)
 
 
+def normalized(weights: Tensor) -> Tensor:
+    """`weights` [T, K_max] scaled to sum to 1 a row; a row without any stays 0."""
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+
+
 def top_k(scores: Tensor, layer: int, inputs: RoutingInputs) -> tuple[Tensor, Tensor]:
     """The K best of `scores` [T, E] >= 0, best first: (expert_ids [T, K_max] int32 with -1 in unused places, their
     scores).

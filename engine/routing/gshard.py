@@ -8,7 +8,7 @@ import torch
 
 from engine.routing.base import GateOutput, Routing, RoutingInputs
 from engine.routing.capacity import within_capacity
-from engine.routing.choose import mask_forbidden, top_k
+from engine.routing.choose import mask_forbidden, normalized, top_k
 from engine.routing.draws import uniforms
 
 
@@ -27,7 +27,7 @@ class GShard:
 
     def __call__(self, gates: GateOutput, layer: int, inputs: RoutingInputs) -> Routing:
         chosen, weights = top_k(torch.softmax(mask_forbidden(gates.logits, layer, inputs), dim=-1), layer, inputs)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights = normalized(weights)
         kept = chosen >= 0
         if self.capacity_factor is not None:
             kept = within_capacity(chosen, gates.logits.shape[1], self.capacity_factor, inputs)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.routing.base import GateOutput, Routing, RoutingInputs
-from engine.routing.choose import mask_forbidden, top_k
+from engine.routing.choose import mask_forbidden, normalized, top_k
 from engine.routing.draws import normals
 
 
@@ -31,4 +31,4 @@ class NoisyTopK:
             values = values + scale * normals(inputs.seeds, inputs.positions, layer, gates.logits.shape[1])
         # Renormalised probabilities of the full softmax are the softmax over the kept values.
         chosen, weights = top_k(torch.softmax(mask_forbidden(values, layer, inputs), dim=-1), layer, inputs)
-        return Routing(chosen, weights / weights.sum(dim=-1, keepdim=True), gates.logits, chosen)
+        return Routing(chosen, normalized(weights), gates.logits, chosen)

@@ -52,6 +52,7 @@ def make_router(
 
 
 def model_top_k(config: ModelConfig, router: Router) -> int:
-    """K of a request that does not steer: the configuration's, within what the router can do (1 for switch, 2 for
-    gshard)."""
-    return min(config.num_experts_per_tok, router.max_choices)
+    """K of a request that does not steer: the configuration's; by definition 1 for switch and 2 for gshard."""
+    if isinstance(router, Switch | GShard):
+        return min(router.max_choices, config.num_experts)
+    return config.num_experts_per_tok

@@ -8,7 +8,7 @@ import torch
 
 from engine.routing.base import GateOutput, Routing, RoutingInputs
 from engine.routing.capacity import within_capacity
-from engine.routing.choose import mask_forbidden, top_k
+from engine.routing.choose import mask_forbidden, normalized, top_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class TopKSoftmax:
         probabilities = torch.softmax(mask_forbidden(gates.logits, layer, inputs), dim=-1)
         chosen, weights = top_k(probabilities, layer, inputs)
         if self.renormalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            weights = normalized(weights)
         if self.capacity_factor is None:
             return Routing(chosen, weights, gates.logits, chosen)
         kept = within_capacity(chosen, gates.logits.shape[1], self.capacity_factor, inputs)

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.types import Request, TokenEvent
+from engine.types import Request, SamplingParams, Steering, TokenEvent, TokenRouting
 
 
 def make_core(checkpoint: Path, *, num_blocks: int = 512, **options: Any) -> EngineCore:
@@ -34,3 +34,13 @@ def run(core: EngineCore, *requests: Request) -> dict[str, list[TokenEvent]]:
         for event in core.step():
             events.setdefault(event.request_id, []).append(event)
     return events
+
+
+def greedy(request_id: str, prompt: list[int], max_tokens: int, steering: Steering | None = None) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return Request(request_id=request_id, prompt_ids=tuple(prompt), params=params, steering=steering)
+
+
+def traces(events: list[TokenEvent]) -> list[TokenRouting]:
+    """The routing of a request's prompt tokens, then of its output tokens, as far as it was asked for."""
+    return [entry for event in events for entry in (*(event.prompt_routing or ()), *(event.routing or ()))]

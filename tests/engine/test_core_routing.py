@@ -1,44 +1,24 @@
-"""Routing through EngineCore: a pattern known beforehand, steering in mixed batches, capacity, forced routing."""
+"""Routing through EngineCore: a pattern known beforehand, and steering in mixed batches."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from engine import runner
 from engine.core import EngineCore
-from engine.types import ExpertVisits, LayerRouting, Request, SamplingParams, Steering, TokenEvent, TokenRouting
-from tests.engine.cores import make_core, run
+from engine.types import ExpertVisits, LayerRouting, Request, SamplingParams, Steering
+from tests.engine.cores import greedy, make_core, run, traces
 from tests.engine.routing.handmade import (
     ENTROPY,
     EXPERTS,
     LAYERS,
-    VOCAB,
     chosen,
     following,
     probabilities,
-    write_handmade,
 )
-from tests.tiny import write_tiny_mixtral
-
-
-@pytest.fixture(scope="module")
-def handmade(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("handmade")
-    write_handmade(folder)
-    return folder
-
-
-def greedy(request_id: str, prompt: list[int], max_tokens: int, steering: Steering | None = None) -> Request:
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    return Request(request_id=request_id, prompt_ids=tuple(prompt), params=params, steering=steering)
-
 
 Rows = list[tuple[int, Steering | None]]
 """The tokens that one step computes, and how their requests steer."""
@@ -222,17 +202,6 @@ def traced(name: str, index: int) -> Request:
     )
 
 
-def routing_of(events: list[TokenEvent]) -> list[TokenRouting]:
-    return [entry for event in events for entry in (*(event.prompt_routing or ()), *(event.routing or ()))]
-
-
-@pytest.fixture(scope="module")
-def five_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("five")
-    write_tiny_mixtral(folder, vocab_size=97, num_experts=5, max_position_embeddings=8192, seed=8)
-    return folder
-
-
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone(five_experts: Path, backend: str) -> None:
     def core() -> EngineCore:
@@ -251,7 +220,7 @@ def test_a_mixed_batch_gives_each_request_what_it_gets_alone(five_experts: Path,
             assert actual.expert_visits == expected.expert_visits
             for one, other in zip(actual.logprobs or (), expected.logprobs or (), strict=True):
                 assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
-        for entry, by_itself in zip(routing_of(batched), routing_of(alone), strict=True):
+        for entry, by_itself in zip(traces(batched), traces(alone), strict=True):
             assert entry.expert_ids == by_itself.expert_ids
             assert entry.entropy == pytest.approx(by_itself.entropy, abs=1e-4)
             for layer in range(LAYERS):
@@ -261,125 +230,12 @@ def test_a_mixed_batch_gives_each_request_what_it_gets_alone(five_experts: Path,
             {expert for where, experts in steering.forbidden if where in (None, layer) for expert in experts}
             for layer in range(LAYERS)
         ]
-        for entry in routing_of(batched):
+        for entry in traces(batched):
             for layer, experts in enumerate(entry.expert_ids):
                 assert not forbidden[layer] & set(experts)
                 most = min(steering.experts_per_token or 2, 5 - len(forbidden[layer]))
                 assert len(experts) == most if steering.min_p == 0 else 1 <= len(experts) <= most
-    kinds = {
-        name: {len(experts) for entry in routing_of(together[name]) for experts in entry.expert_ids} for name in MIXED
-    }
+    kinds = {name: {len(experts) for entry in traces(together[name]) for experts in entry.expert_ids} for name in MIXED}
     assert len(kinds["likely"]) > 1, "min-p does drop here"
     assert kinds["likeliest"] == {1}
     assert kinds["only one left"] == {1, 5}
-
-
-# Other routers ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("router", ["switch", "gshard", "noisy_topk", "topk_softmax"])
-def test_a_router_for_experiments(handmade: Path, router: str) -> None:
-    """Dropped assignments are counted, and what-if at the capacity in force says how many."""
-    factor = None if router == "noisy_topk" else 0.75
-    core = make_core(handmade, record_routing=True, router=router, capacity_factor=factor)
-    top_k = 1 if router == "switch" else 2
-    run(core, greedy("a", [1, 1, 1, 1, 2, 2, 17], 3), greedy("b", [1, 9, 5], 3))
-    report = core.expert_report()
-    assert (report.router, report.capacity_factor, report.num_experts_per_tok) == (router, factor, top_k)
-    assert not core.info.enable_prefix_caching
-    for layer in report.total.layers:
-        assert sum(layer.assigned) == top_k * (10 + 2 * 2)
-        assert layer.dropped == sum(layer.assigned) - sum(layer.dispatched)
-        if router == "noisy_topk":
-            assert layer.dropped == 0
-    if factor is None:
-        return
-    overflow = core.capacity_what_if(factor).window_overflow
-    assert sum(map(sum, overflow)) > 0
-    for layer, over in zip(report.total.layers, overflow, strict=True):
-        dropped = [one - other for one, other in zip(layer.assigned, layer.dispatched, strict=True)]
-        if router == "gshard":
-            assert all(one >= other for one, other in zip(dropped, over, strict=True)), "chance drops more"
-        else:
-            assert dropped == list(over)
-
-
-def test_a_token_that_overflows_is_carried_on_by_the_residual(handmade: Path) -> None:
-    """One of three tokens fits; the experts of this checkpoint give nothing, so the answer is the same."""
-    core = make_core(handmade, record_routing=True, router="switch", capacity_factor=0.1)
-    request = replace(greedy("a", [4, 4, 4], 1), trace_prompt_routing=True)
-    (event,) = run(core, request)["a"]
-    assert event.token_ids == (5,)
-    assert event.prompt_routing is not None
-    assert [entry.expert_ids for entry in event.prompt_routing] == [((0,), (3,)), ((), ()), ((), ())]
-    assert [entry.weights for entry in event.prompt_routing[1:]] == [((), ()), ((), ())]
-    assert event.prompt_routing[0].weights[0] == pytest.approx((0.6,), rel=1e-5)
-    assert core.expert_report().total.layers[0].dropped == 2
-
-
-@pytest.mark.parametrize("router", ["gshard", "noisy_topk"])
-def test_random_routers_draw_from_the_requests_seed(five_experts: Path, router: str) -> None:
-    """Preempted or not, alone or not: the same seed routes the same way, another one differently."""
-
-    def request(name: str, seed: int) -> Request:
-        params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, seed=seed)
-        return Request(request_id=name, prompt_ids=(3, 1, 4), params=params, trace_routing=True)
-
-    def experts(events: list[TokenEvent]) -> list[tuple[tuple[int, ...], ...]]:
-        return [entry.expert_ids for entry in routing_of(events)]
-
-    roomy = make_core(five_experts, record_routing=True, router=router)
-    alone = {seed: experts(run(roomy, request(str(seed), seed))[str(seed)]) for seed in (1, 2)}
-    assert alone[1] != alone[2]
-    assert experts(run(roomy, request("again", 1))["again"]) == alone[1]
-    crowded = make_core(five_experts, record_routing=True, router=router, num_blocks=8)
-    together = run(crowded, request("x", 9), request("a", 1), request("b", 2))
-    assert crowded.stats().num_preemptions > 0
-    assert (experts(together["a"]), experts(together["b"])) == (alone[1], alone[2])
-
-
-@pytest.mark.parametrize("level", [-60.0, 3.0])
-def test_the_noise_gate_of_a_checkpoint_is_used(tmp_path: Path, level: float) -> None:
-    """softplus of a large negative number is no noise at all, of a large one much. The router is asked for by name."""
-    write_handmade(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"router_type": "noisy_topk"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tensors = load_file(tmp_path / "model.safetensors")
-    for layer in range(LAYERS):
-        gates = torch.full((EXPERTS, VOCAB), level / math.sqrt(VOCAB))
-        tensors[f"model.layers.{layer}.block_sparse_moe.gate.noise.weight"] = gates
-    save_file(tensors, tmp_path / "model.safetensors")
-    core = make_core(tmp_path, record_routing=True, router="noisy_topk")
-    request = replace(greedy("a", list(range(VOCAB)), 1), trace_prompt_routing=True)
-    (event,) = run(core, request)["a"]
-    assert event.prompt_routing is not None
-    as_without = [
-        entry.expert_ids == tuple(tuple(chosen(layer, token)) for layer in range(LAYERS))
-        for token, entry in enumerate(event.prompt_routing)
-    ]
-    assert all(as_without) if level < 0 else sum(as_without) < VOCAB / 4
-    quiet = make_core(tmp_path, record_routing=True)
-    (event,) = run(quiet, request)["a"]
-    assert event.prompt_routing is not None
-    assert [entry.expert_ids for entry in event.prompt_routing] == [
-        tuple(tuple(chosen(layer, token)) for layer in range(LAYERS)) for token in range(VOCAB)
-    ]
-
-
-@pytest.mark.parametrize("simulation", ["even", "zipf", "one"])
-def test_forced_routing(handmade: Path, simulation: str) -> None:
-    core = make_core(handmade, record_routing=True, routing_simulation=simulation)
-    run(core, *(greedy(str(index), [index % VOCAB] * 40, 10) for index in range(10)))
-    assert (core.info.router, core.info.routing_simulation) == (simulation, simulation)
-    report = core.expert_report()
-    assert (report.router, report.simulation) == (simulation, simulation)
-    for layer in report.total.layers:
-        loads = layer.assigned
-        assert sum(loads) == 2 * 10 * (40 + 9)
-        if simulation == "even":
-            assert max(loads) - min(loads) <= report.total.steps
-        elif simulation == "one":
-            assert loads == (490, 490, 0, 0)
-        else:
-            assert list(loads) == sorted(loads, reverse=True)
-            assert loads[0] > 1.5 * loads[3] > 0

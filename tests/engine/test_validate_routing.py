@@ -128,3 +128,8 @@ def test_a_trace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(max_tokens=6, trace_routing=True, steering=Steering(experts_per_token=4))
     check(max_tokens=None, num_prompt=54, trace_routing=True)
     refused(max_tokens=None, num_prompt=53, trace_routing=True)
+
+
+def test_a_mask_names_so_many_experts_at_most() -> None:
+    info_sized = tuple((None, (0,)) for _ in range(10_000))
+    assert refused(steering=Steering(forbidden=info_sized)).param == "expert_mask"
