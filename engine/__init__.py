@@ -9,7 +9,16 @@ if TYPE_CHECKING:
     from engine.client import AsyncEngine
     from engine.config import EngineConfig
     from engine.llm import LLM, Completion
-    from engine.types import EngineInfo, EngineStats, FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+    from engine.types import (
+        EngineInfo,
+        EngineStats,
+        FinishReason,
+        Request,
+        SamplingParams,
+        Steering,
+        TokenEvent,
+        TokenLogprobs,
+    )
 
 __all__ = [
     "LLM",
@@ -21,6 +30,7 @@ __all__ = [
     "FinishReason",
     "Request",
     "SamplingParams",
+    "Steering",
     "TokenEvent",
     "TokenLogprobs",
 ]
@@ -31,7 +41,16 @@ _HOME = {
     "LLM": "engine.llm",
     "Completion": "engine.llm",
 } | dict.fromkeys(
-    ("EngineInfo", "EngineStats", "FinishReason", "Request", "SamplingParams", "TokenEvent", "TokenLogprobs"),
+    (
+        "EngineInfo",
+        "EngineStats",
+        "FinishReason",
+        "Request",
+        "SamplingParams",
+        "Steering",
+        "TokenEvent",
+        "TokenLogprobs",
+    ),
     "engine.types",
 )
 

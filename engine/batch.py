@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.routing.base import RoutingInputs
+from engine.routing.steering import SteeringTable
 from engine.scheduler import Chunk, StepPlan
 
 
@@ -33,6 +35,7 @@ class Batch:
     seq_lens: Tensor  # [B] int32, positions in the cache once this step is written
     block_tables: Tensor  # [B, max blocks] int32, padded with 0
     logits_indices: Tensor  # [R] int64, tokens whose logits are wanted
+    routing: RoutingInputs
     query_lens: list[int]  # B
     context_lens: list[int]  # B, seq_lens on the host
 
@@ -41,8 +44,8 @@ class Batch:
         return self.input_ids.shape[0]
 
 
-def build(plan: StepPlan, *, block_size: int, device: torch.device) -> Batch:
-    """Lay out the chunks of `plan`, which is not empty, in their order."""
+def build(plan: StepPlan, *, block_size: int, steering: SteeringTable, device: torch.device) -> Batch:
+    """Lay out the chunks of `plan`, which is not empty, in their order. Fills `steering` for what is new in it."""
     chunks = plan.chunks
     query_lens = [chunk.num_tokens for chunk in chunks]
     context_lens = [chunk.start + chunk.num_tokens for chunk in chunks]
@@ -56,18 +59,32 @@ def build(plan: StepPlan, *, block_size: int, device: torch.device) -> Batch:
         block_tables[row, : len(chunk.sequence.block_table)] = chunk.sequence.block_table
     rows = np.repeat(np.arange(len(chunks)), query_lens)
     slots = block_tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    steerings = [chunk.sequence.request.steering for chunk in chunks]
+    steering_slots = np.repeat(np.asarray(steering.slots_of(steerings), dtype=np.int64), query_lens)
+    seeds = np.repeat(np.asarray([_stream(chunk) for chunk in chunks], dtype=np.int64), query_lens)
 
     def to_device(array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    device_positions = to_device(positions)
     return Batch(
         input_ids=to_device(input_ids),
-        positions=to_device(positions),
+        positions=device_positions,
         slot_mapping=to_device(slots),
         cu_seqlens=to_device(cu_seqlens),
         seq_lens=to_device(np.asarray(context_lens, dtype=np.int32)),
         block_tables=to_device(block_tables),
         logits_indices=to_device(np.asarray(logits_rows(plan), dtype=np.int64)),
+        routing=RoutingInputs(
+            num_valid_tokens=torch.tensor(len(positions), device=device),
+            slots=to_device(steering_slots),
+            top_k=steering.top_k,
+            min_p=steering.min_p,
+            forbidden=steering.forbidden,
+            seeds=to_device(seeds),
+            positions=device_positions,
+            max_top_k=steering.max_top_k(steerings),
+        ),
         query_lens=query_lens,
         context_lens=context_lens,
     )
@@ -85,3 +102,9 @@ def logits_rows(plan: StepPlan) -> list[int]:
 
 def _tokens(chunk: Chunk) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     return np.asarray(chunk.sequence.token_ids[chunk.start : chunk.start + chunk.num_tokens], dtype=np.int64)
+
+
+def _stream(chunk: Chunk) -> int:
+    """The random stream of a choice, as a signed 64-bit integer: choices of one request draw different numbers."""
+    word = (chunk.sequence.seed + chunk.sequence.request.params.choice * 0x9E3779B97F4A7C15) & (1 << 64) - 1
+    return word - (1 << 64) if word >> 63 else word

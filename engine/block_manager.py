@@ -50,9 +50,9 @@ class BlockManager:
         """The cached blocks that hold the longest known beginning of `sequence`, without taking them.
 
         The last token is never taken from the cache, since its logits are needed: 32 tokens with blocks of 16 can
-        find 1 block, 33 tokens 2. A request that wants the logits of its prompt finds nothing.
+        find 1 block, 33 tokens 2. A request that wants to see its whole prompt computed finds nothing.
         """
-        if not self.enable_prefix_caching or sequence.request.params.prompt_logprobs is not None:
+        if not self.enable_prefix_caching or sequence.request.needs_whole_prompt:
             return []
         most = (sequence.num_tokens - 1) // self.block_size
         self._extend_hashes(sequence, most)
@@ -172,5 +172,9 @@ class BlockManager:
 def namespace(sequence: Sequence) -> bytes:
     """What a block's contents depend on beside the tokens before it: the request's salt and its steering digest."""
     salt = sequence.request.cache_salt
-    parts = (b"" if salt is None else b"salt:" + salt.encode("utf-8"), sequence.request.steering_digest)
+    steering = sequence.request.steering
+    parts = (
+        b"" if salt is None else b"salt:" + salt.encode("utf-8"),
+        b"" if steering is None else steering.digest(),
+    )
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)

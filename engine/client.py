@@ -8,35 +8,26 @@ _watch()                       notices a process that is there and does not answ
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
-import socket
-import sys
 
+from engine.child import EXIT_SECONDS, EngineProcess
 from engine.config import EngineConfig
-from engine.errors import ConfigurationError, EngineDeadError, EngineOverloadedError, InvalidRequestError
+from engine.errors import EngineDeadError, EngineOverloadedError, InvalidRequestError
 from engine.stream import Mailbox, RequestStream
-from engine.types import EngineInfo, EngineStats, Request, TokenEvent
+from engine.types import CapacityWhatIf, EngineInfo, EngineStats, ExpertReport, Request, TokenEvent
 from engine.validate import check_request
 from engine.wire import (
-    PROTOCOL_VERSION,
     Abort,
     Add,
+    Answer,
+    AskExperts,
+    AskWhatIf,
     Failed,
-    FailureKind,
     FromEngine,
     Heartbeat,
-    Hello,
-    Ready,
+    ResetExperts,
     Shutdown,
-    Start,
     StepOutput,
-    ToEngine,
     WireError,
-    check_hello,
-    encode,
-    receive_from_engine,
 )
 
 SILENCE_SECONDS = 2.0
@@ -49,14 +40,7 @@ TICK_SECONDS = 0.25
 LEAVE_SECONDS = 5.0
 """How long an orderly shutdown may take before the process is killed."""
 
-EXIT_SECONDS = 1.0
-"""How long a process that has closed its socket may take to exit, and the other way round."""
-
 SHUT_DOWN = "the engine was shut down"
-_STDERR = 2
-# OpenMP threads that wait by spinning hold up the very thread they wait for as soon as anything else, like
-# this process, needs a core: a step then takes ten times as long. The operator's own setting goes before.
-_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class AsyncEngine:
@@ -75,6 +59,8 @@ class AsyncEngine:
         self._config = config
         self._process = process
         self._mailboxes: dict[str, Mailbox] = {}
+        self._asked: dict[int, asyncio.Future[Answer]] = {}
+        self._num_asked = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -140,6 +126,42 @@ class AsyncEngine:
         if (mailbox := self._mailboxes.get(request_id)) is not None:
             self._abandon(mailbox)
 
+    async def expert_report(self) -> ExpertReport:
+        """Routing statistics, between two steps. Raises InvalidRequestError when routing is not recorded, and
+        EngineDeadError."""
+        report = (await self._ask(AskExperts(self._next_ask()))).report
+        assert report is not None
+        return report
+
+    async def capacity_what_if(self, capacity_factor: float) -> CapacityWhatIf:
+        """What a capacity factor (> 0) would have dropped of the traffic seen. Raises as `expert_report`."""
+        what_if = (await self._ask(AskWhatIf(self._next_ask(), capacity_factor))).what_if
+        assert what_if is not None
+        return what_if
+
+    async def reset_experts(self) -> ExpertReport:
+        """Start the routing statistics anew, and return what they said until now. Raises as `expert_report`."""
+        report = (await self._ask(ResetExperts(self._next_ask()))).report
+        assert report is not None
+        return report
+
+    def _next_ask(self) -> int:
+        self._num_asked += 1
+        return self._num_asked
+
+    async def _ask(self, question: AskExperts | AskWhatIf | ResetExperts) -> Answer:
+        if self._ended is not None:
+            raise EngineDeadError(self._ended)
+        if not self.info.record_routing:
+            raise InvalidRequestError("this server does not record routing (--no-record-routing)")
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._asked[question.ask_id] = future
+        self._process.send(question)
+        try:
+            return await future
+        finally:
+            self._asked.pop(question.ask_id, None)
+
     async def drain(self) -> None:
         """Refuse new requests from now on, and wait until none is in flight. The caller bounds the time."""
         self._draining = True
@@ -192,6 +214,9 @@ class AsyncEngine:
         for mailbox in self._mailboxes.values():
             mailbox.fail(self._ended)
         self._mailboxes.clear()
+        for future in self._asked.values():
+            if not future.done():
+                future.set_exception(EngineDeadError(self._ended))
         self._idle.set()
 
     async def _read(self) -> None:
@@ -211,6 +236,9 @@ class AsyncEngine:
                     self._deliver(event)
                 for request_id in aborted:
                     self._forget(request_id)
+            case Answer(ask_id):
+                if (future := self._asked.get(ask_id)) is not None and not future.done():
+                    future.set_result(message)
             case Heartbeat(busy_seconds):
                 if busy_seconds > self._config.step_timeout:
                     self._give_up(f"the engine hangs: a step ran longer than {self._config.step_timeout:g} seconds")
@@ -239,91 +267,3 @@ class AsyncEngine:
     def _give_up(self, cause: str) -> None:
         self._cause = self._cause or cause
         self._process.signal_kill()
-
-
-class EngineProcess:
-    """The child process and the socket to it."""
-
-    def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self._process = process
-        self._reader = reader
-        self._writer = writer
-
-    @classmethod
-    async def spawn(cls, core: str) -> EngineProcess:
-        """A fresh interpreter: nothing of this process but one end of a socket goes into it."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            reader, writer = await asyncio.open_unix_connection(sock=ours)
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    # -P: an `engine` folder where the operator happens to stand is not our package.
-                    *(sys.executable, "-P", "-m", "engine.process", "--fd", str(theirs.fileno()), "--core", core),
-                    pass_fds=[theirs.fileno()],
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=_STDERR,
-                    env={**_THREADS, **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                )
-            except BaseException:
-                writer.transport.abort()
-                raise
-        return cls(process, reader, writer)
-
-    async def load(self, config: EngineConfig, *, progress: bool) -> EngineInfo:
-        """Greet and wait until the model is loaded. Raises ConfigurationError and EngineDeadError."""
-        self.send(Hello(PROTOCOL_VERSION))
-        self.send(Start(config, progress))
-        try:
-            if (message := await self.receive()) is not None:
-                check_hello(message)
-            while message is not None:
-                message = await self.receive()
-                match message:
-                    case Ready(info):
-                        return info
-                    case Failed(FailureKind.CONFIGURATION, text):
-                        raise ConfigurationError(text)
-                    case Failed(_, text):
-                        raise EngineDeadError(f"the engine failed while starting: {text}")
-        except WireError as error:
-            raise EngineDeadError(str(error)) from None
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
-        await self.kill()
-        raise EngineDeadError(f"{self.describe_exit()} while starting")
-
-    def send(self, message: ToEngine) -> None:
-        """Without waiting: what the engine has not read yet is bounded by the number of requests in flight."""
-        frame = encode(message)
-        if not self._writer.is_closing():
-            self._writer.write(frame)
-
-    async def receive(self) -> FromEngine | None:
-        return await receive_from_engine(self._reader)
-
-    async def wait(self) -> int:
-        return await self._process.wait()
-
-    def signal_kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-
-    def close(self) -> None:
-        """Close the socket, which makes the process leave."""
-        self._writer.close()
-
-    async def kill(self) -> None:
-        """Make sure that the process is gone and reaped, and the socket closed."""
-        self.signal_kill()
-        self._writer.transport.abort()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
-        await self._process.wait()
-
-    def describe_exit(self) -> str:
-        code = self._process.returncode
-        if code is not None and code < 0:
-            return f"the engine process was killed by {signal.Signals(-code).name}"
-        return f"the engine process ended with exit code {code}"

@@ -32,6 +32,14 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     """None: on a GPU what is left, on the CPU the smaller of 4 GiB and a quarter of free memory."""
     enable_prefix_caching: bool = True
+    router: str | None = None
+    """None: the checkpoint's. One of weights.config.ROUTER_TYPES, for experiments; noisy_topk then draws its noise."""
+    capacity_factor: float | None = None
+    """None: the checkpoint's. A capacity ties the requests of a batch together and turns prefix caching off."""
+    routing_simulation: str | None = None
+    """None: the router decides. even, zipf or one: it does not, for load tests on dummy weights."""
+    record_routing: bool = False
+    """Keep counts, entropies and loads of the experts, and serve routing traces."""
     seed: int = 0
     """For dummy weights, and for requests that bring no seed of their own."""
     max_num_queued_requests: int = 1024

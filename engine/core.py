@@ -6,12 +6,24 @@ from dataclasses import replace
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
-from engine.executor import Executor, OutOfDeviceMemoryError, StepResult
-from engine.sampler import Sampled
+from engine.executor import Executor, OutOfDeviceMemoryError
+from engine.result import Sampled, StepResult
+from engine.routing.record import RoutingRecord
+from engine.routing.stats import stats, what_if
 from engine.scheduler import Chunk, Scheduler, StepPlan
 from engine.sequence import Sequence
 from engine.startup import start
-from engine.types import EngineInfo, EngineStats, FinishReason, Request, TokenEvent
+from engine.types import (
+    CapacityWhatIf,
+    EngineInfo,
+    EngineStats,
+    ExpertReport,
+    ExpertVisits,
+    FinishReason,
+    Request,
+    TokenEvent,
+    TokenRouting,
+)
 
 
 class EngineCore:
@@ -28,6 +40,7 @@ class EngineCore:
         self._live: dict[str, Sequence] = {}
         self._num_added = 0
         self._stats = EngineStats()
+        self._recomputed_at_reset = 0
 
     @classmethod
     def build(cls, config: EngineConfig, *, progress: bool = False) -> EngineCore:
@@ -79,19 +92,60 @@ class EngineCore:
             peak_memory_bytes=self._executor.peak_memory_bytes(),
         )
 
+    def expert_report(self) -> ExpertReport:
+        """What the routing record says. Routing must be recorded."""
+        record = self.routing_record()
+        info = self.info
+        return ExpertReport(
+            router=info.router,
+            num_experts=info.num_experts,
+            num_experts_per_tok=info.num_experts_per_tok,
+            capacity_factor=info.capacity_factor,
+            simulation=info.routing_simulation,
+            window=stats(record.window()),
+            total=stats(record.total()),
+            recomputed_tokens=self._stats.recomputed_tokens - self._recomputed_at_reset,
+        )
+
+    def capacity_what_if(self, capacity_factor: float) -> CapacityWhatIf:
+        """What `capacity_factor` (> 0) would have dropped of the traffic seen. Routing must be recorded."""
+        return what_if(self.routing_record().snapshot(), capacity_factor)
+
+    def reset_experts(self) -> ExpertReport:
+        """Start the routing record anew, and return what it said until now. Routing must be recorded."""
+        report = self.expert_report()
+        self.routing_record().reset()
+        self._recomputed_at_reset = self._stats.recomputed_tokens
+        return report
+
+    def routing_record(self) -> RoutingRecord:
+        """What the routers decided. Routing must be recorded."""
+        record = self._executor.routing_record()
+        assert record is not None, "routing is not recorded"
+        return record
+
     def _postprocess(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         events: list[TokenEvent] = []
-        prompt_tokens = generation_tokens = 0
+        prompt_tokens = generation_tokens = recomputed_tokens = 0
         for index, chunk in enumerate(plan.chunks):
             sequence = chunk.sequence
             sequence.num_computed += chunk.num_tokens
+            recomputed_tokens += min(sequence.num_computed, max(sequence.num_ever_computed, chunk.start)) - chunk.start
+            sequence.num_ever_computed = max(sequence.num_ever_computed, sequence.num_computed)
             scores = result.prompt_logprobs.get(index, [])
             # Entry i scores token i + 1. After a preemption the first ones come a second time.
             sequence.prompt_logprobs += scores[max(0, len(sequence.prompt_logprobs) - chunk.start) :]
+            if index in result.expert_visits:
+                sequence.num_visits += result.expert_visits[index]
+                sequence.num_visited_tokens += chunk.num_tokens
+            routing = result.routing.get(index, [])
+            if sequence.request.trace_prompt_routing:
+                own = routing[: max(0, sequence.num_prompt - chunk.start)]
+                sequence.prompt_routing += own[max(0, len(sequence.prompt_routing) - chunk.start) :]
             if index in result.sampled:
                 if sequence.num_output == 0:
                     prompt_tokens += sequence.num_prompt
-                event = self._advance(chunk, result.sampled[index])
+                event = self._advance(chunk, result.sampled[index], routing)
                 generation_tokens += len(event.token_ids)
                 events.append(event)
         self._stats = replace(
@@ -99,29 +153,35 @@ class EngineCore:
             num_steps=self._stats.num_steps + 1,
             prompt_tokens=self._stats.prompt_tokens + prompt_tokens,
             generation_tokens=self._stats.generation_tokens + generation_tokens,
+            recomputed_tokens=self._stats.recomputed_tokens + recomputed_tokens,
         )
         return events
 
-    def _advance(self, chunk: Chunk, sampled: Sampled) -> TokenEvent:
+    def _advance(self, chunk: Chunk, sampled: Sampled, routing: list[TokenRouting]) -> TokenEvent:
         """Append the sampled token and finish the sequence where it ends."""
         sequence = chunk.sequence
-        params = sequence.request.params
+        request, params = sequence.request, sequence.request.params
         first = sequence.num_output == 0
         token_ids: tuple[int, ...] = ()
         if params.max_tokens != 0:
             token_ids = (sampled.token_id,)
             sequence.token_ids.append(sampled.token_id)
+        visits = None
+        if sequence.num_visited_tokens:
+            visits = ExpertVisits(sequence.num_visits, sequence.num_visited_tokens)
         reason, stop_reason = self._end_of(sequence)
         if reason is not None:
             sequence.finish_reason = reason
             del self._live[sequence.request.request_id]
             self._scheduler.finish(sequence)
-        scored = first and params.prompt_logprobs is not None
         return TokenEvent(
             request_id=sequence.request.request_id,
             token_ids=token_ids,
             logprobs=(sampled.logprobs,) if sampled.logprobs is not None and token_ids else None,
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if scored else None,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first and params.prompt_logprobs is not None else None,
+            routing=tuple(routing[-1:]) if request.trace_routing and token_ids else None,
+            prompt_routing=tuple(sequence.prompt_routing) if first and request.trace_prompt_routing else None,
+            expert_visits=visits,
             num_cached_tokens=sequence.num_cached,
             queue_seconds=sequence.queue_seconds if first else None,
             finish_reason=reason,

@@ -5,27 +5,14 @@ Everything below this line may run in this process or, one rank each, in several
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from engine.memory import peak_memory_bytes
+from engine.result import StepResult
+from engine.routing.record import RoutingRecord
 from engine.runner import Runner
-from engine.sampler import Sampled
 from engine.scheduler import StepPlan
-from engine.types import TokenLogprobs
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step computed.
-
-    `sampled` has one entry for each chunk that samples and wants a token, keyed by the chunk's index in the plan;
-    `prompt_logprobs` one for each chunk whose request scores its prompt: entries for the prompt tokens that follow the
-    chunk's tokens.
-    """
-
-    sampled: dict[int, Sampled]
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 class OutOfDeviceMemoryError(Exception):
@@ -41,6 +28,10 @@ class Executor(Protocol):
         """Highest memory use so far: of the device on a GPU, of the process on the CPU."""
         ...
 
+    def routing_record(self) -> RoutingRecord | None:
+        """What the routers decided, None when it is not recorded."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class LocalExecutor:
@@ -50,14 +41,16 @@ class LocalExecutor:
 
     def execute(self, plan: StepPlan) -> StepResult:
         try:
-            sampled, prompt_logprobs = self.runner.run(plan)
+            return self.runner.run(plan)
         except MemoryError as error:
             raise OutOfDeviceMemoryError(str(error)) from error
         except RuntimeError as error:
             if not self.runner.is_out_of_memory(error):
                 raise
             raise OutOfDeviceMemoryError(str(error).splitlines()[0]) from error
-        return StepResult(sampled, prompt_logprobs)
 
     def peak_memory_bytes(self) -> int:
         return peak_memory_bytes(self.runner.model.backend.device)
+
+    def routing_record(self) -> RoutingRecord | None:
+        return self.runner.record

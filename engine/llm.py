@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
-from engine.errors import EngineError, InvalidRequestError, RequestFailedError
+from engine.errors import ConfigurationError, EngineError, InvalidRequestError, RequestFailedError
 from engine.text import TextStream, Tokenizer, stop_reason, with_eos_ids
-from engine.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from engine.types import FinishReason, Request, SamplingParams, Steering, TokenEvent, TokenLogprobs
 from engine.validate import check_request
 from weights.reader import resolve
+
+if TYPE_CHECKING:
+    from engine.routing.record import RoutingSnapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,30 +64,43 @@ class LLM:
         self._num_requests = 0
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        steering: Steering | None = None,
     ) -> list[Completion]:
         """Continue every prompt (a text or its token ids); the completions are in the prompts' order.
 
-        `params` are for all, or one for each. Raises InvalidRequestError for the first prompt that cannot be served,
-        before any is begun; RequestFailedError, after all others have ended, when one failed inside the engine: what
-        the others became is lost with it.
+        `params` are for all, or one for each; `steering` is for all. Raises InvalidRequestError for the first prompt
+        that cannot be served, before any is begun; RequestFailedError, after all others have ended, when one failed
+        inside the engine: what the others became is lost with it.
         """
         if isinstance(prompts, str):
             raise InvalidRequestError("prompts must be a list of prompts, not one text", param="prompts")
         ids = [self._encode(prompt) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
-        return self._run(ids, params, chat=False)
+        return self._run(ids, params, steering, chat=False)
 
     def chat(
         self,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
         params: SamplingParams | Sequence[SamplingParams],
+        *,
+        steering: Steering | None = None,
     ) -> list[Completion]:
         """Answer every conversation, a list of messages {"role": …, "content": …}. Otherwise as `generate`."""
         if any(isinstance(conversation, Mapping) for conversation in conversations):
             raise InvalidRequestError(
                 "conversations must be a list of lists of messages, not one list of messages", param="conversations"
             )
-        return self._run([self._encode_chat(messages) for messages in conversations], params, chat=True)
+        return self._run([self._encode_chat(messages) for messages in conversations], params, steering, chat=True)
+
+    def routing(self) -> RoutingSnapshot:
+        """What the routers have decided since the start, as tensors on the CPU: sums by layer and expert, and the last
+        steps one by one (engine/routing/record.py). Raises ConfigurationError without `record_routing=True`."""
+        if not self.info.record_routing:
+            raise ConfigurationError("routing is not recorded: give LLM record_routing=True")
+        return self.core.routing_record().snapshot()
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
         try:
@@ -99,14 +115,20 @@ class LLM:
             raise InvalidRequestError(str(error), param="messages") from error
 
     def _run(
-        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams | Sequence[SamplingParams], *, chat: bool
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        params: SamplingParams | Sequence[SamplingParams],
+        steering: Steering | None,
+        *,
+        chat: bool,
     ) -> list[Completion]:
         params_list = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(params_list) != len(prompts):
             raise InvalidRequestError(f"{len(prompts)} prompts with {len(params_list)} params", param="params")
         runs = []
         for prompt_ids, one in zip(prompts, params_list, strict=True):
-            request = Request(request_id=f"llm-{self._num_requests}", prompt_ids=prompt_ids, params=one)
+            name = f"llm-{self._num_requests}"
+            request = Request(request_id=name, prompt_ids=prompt_ids, params=one, steering=steering)
             self._num_requests += 1
             check_request(request, self.info)
             runs.append(_Run(request, TextStream(self.tokenizer, one, chat=chat)))

@@ -28,18 +28,22 @@ from typing import Protocol
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
-from engine.types import EngineInfo, EngineStats, Request, TokenEvent
+from engine.types import CapacityWhatIf, EngineInfo, EngineStats, ExpertReport, Request, TokenEvent
 from engine.wire import (
     HEARTBEAT_SECONDS,
     PROTOCOL_VERSION,
     Abort,
     Add,
+    Answer,
+    AskExperts,
+    AskWhatIf,
     Failed,
     FailureKind,
     FromEngine,
     Heartbeat,
     Hello,
     Ready,
+    ResetExperts,
     Shutdown,
     Start,
     StepOutput,
@@ -77,6 +81,15 @@ class Core(Protocol):
 
     def stats(self) -> EngineStats:
         """A snapshot after the last step."""
+
+    def expert_report(self) -> ExpertReport:
+        """Routing statistics. Called only when `info.record_routing`, like the next two."""
+
+    def capacity_what_if(self, capacity_factor: float) -> CapacityWhatIf:
+        """What a capacity factor would have dropped of the traffic seen."""
+
+    def reset_experts(self) -> ExpertReport:
+        """Start the routing statistics anew, and return what they said until now."""
 
 
 class CoreFactory(Protocol):
@@ -221,6 +234,12 @@ def _loop(core: Core, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> None:
                     case Abort(request_id):
                         core.abort(request_id)
                         aborted.append(request_id)
+                    case AskExperts(ask_id):
+                        outbox.send(Answer(ask_id, report=core.expert_report()))
+                    case AskWhatIf(ask_id, capacity_factor):
+                        outbox.send(Answer(ask_id, what_if=core.capacity_what_if(capacity_factor)))
+                    case ResetExperts(ask_id):
+                        outbox.send(Answer(ask_id, report=core.reset_experts()))
                     case Shutdown():
                         return
                     case _:

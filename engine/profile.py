@@ -7,6 +7,7 @@ import torch
 from engine.backends.base import KVCache
 from engine.config import EngineConfig
 from engine.models.decoder import Decoder
+from engine.routing.steering import SteeringTable
 from engine.runner import Runner
 from engine.scheduler import Chunk, StepPlan
 from engine.sequence import Sequence
@@ -31,7 +32,8 @@ def measure_activations(model: Decoder, config: EngineConfig, model_config: Mode
     many = StepPlan(tuple(_chunk(index, 0, length, config.block_size) for index, length in enumerate(lengths)))
     last = min(budget, max_model_len)
     long = StepPlan((_chunk(0, max_model_len - last, last, config.block_size),))
-    return max(_peak(model, cache, plan) for plan in (many, long))
+    steering = SteeringTable.for_model(model_config, num_slots=1, device=model.backend.device)
+    return max(_peak(model, cache, steering, plan) for plan in (many, long))
 
 
 def _chunk(index: int, start: int, num_tokens: int, block_size: int) -> Chunk:
@@ -43,12 +45,12 @@ def _chunk(index: int, start: int, num_tokens: int, block_size: int) -> Chunk:
     return Chunk(sequence, start, num_tokens)
 
 
-def _peak(model: Decoder, cache: KVCache, plan: StepPlan) -> int:
+def _peak(model: Decoder, cache: KVCache, steering: SteeringTable, plan: StepPlan) -> int:
     device = model.backend.device
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    Runner(model, cache, eos_token_ids=frozenset()).run(plan)
+    Runner(model, cache, steering, eos_token_ids=frozenset()).run(plan)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()  # what the allocator keeps would be taken for memory in use, and counted twice

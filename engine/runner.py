@@ -1,4 +1,4 @@
-"""Runner: one rank's model, cache and sampler. StepPlan in, tokens out."""
+"""Runner: one rank's model, cache, routing record and sampler. StepPlan in, StepResult out."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from torch import Tensor
 
 from engine import batch as batches
 from engine.backends.base import KVCache
+from engine.batch import Batch
 from engine.models.decoder import Decoder
-from engine.sampler import Sampled, SamplingRow, logprobs_of, sample
+from engine.result import Sampled, StepResult
+from engine.routing.base import Routing
+from engine.routing.record import RoutingRecord
+from engine.routing.steering import SteeringTable
+from engine.sampler import SamplingRow, logprobs_of, sample
 from engine.scheduler import Chunk, StepPlan
+from engine.trace import expert_visits, trace
 from engine.types import TokenLogprobs
 
 # Rows of vocabulary logits made at once while a prompt is scored: bounds their memory (V float32 a row).
@@ -17,25 +23,41 @@ _SCORED_ROWS = 256
 
 
 class Runner:
-    """Owns the paged cache and runs the model on plans."""
+    """Owns the paged cache and the steering table, and runs the model on plans."""
 
-    def __init__(self, model: Decoder, cache: KVCache, *, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        steering: SteeringTable,
+        *,
+        record: RoutingRecord | None = None,
+        eos_token_ids: frozenset[int],
+    ) -> None:
         self.model = model
         self.cache = cache
+        self.steering = steering
+        self.record = record
         self.eos_token_ids = eos_token_ids
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> tuple[dict[int, Sampled], dict[int, list[TokenLogprobs]]]:
-        """Compute the plan's tokens; sample where a chunk reaches its sequence's end; score prompts that ask for it."""
-        batch = batches.build(plan, block_size=self.cache.block_size, device=self.model.backend.device)
-        hidden = self.model.forward(batch, self.cache)
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute the plan's tokens, sample where a chunk ends its sequence, report what requests asked for."""
+        device = self.model.backend.device
+        batch = batches.build(plan, block_size=self.cache.block_size, steering=self.steering, device=device)
+        hidden = self._forward(batch)
         indices = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
         sampled: dict[int, Sampled] = {}
         if indices:
             rows = [self._sampling_row(plan.chunks[index]) for index in indices]
             tokens = sample(self.model.logits(hidden[batch.logits_indices]), rows)
             sampled = dict(zip(indices, tokens, strict=True))
-        return sampled, self._score_prompts(plan, hidden)
+        scores = self._score_prompts(plan, hidden)
+        if self.record is None:
+            return StepResult(sampled, scores)
+        reports = trace(plan, self.record, batch), expert_visits(plan, self.record, batch)
+        self.record.reduce(batch.routing)  # last: a step that runs out of memory does not count
+        return StepResult(sampled, scores, *reports)
 
     @staticmethod
     def is_out_of_memory(error: RuntimeError) -> bool:
@@ -43,6 +65,16 @@ class Runner:
         own, only its name in the message.
         """
         return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        record = self.record
+        if record is None:
+            return self.model.forward(batch, self.cache)
+
+        def observe(layer: int, _: Tensor, routing: Routing) -> None:
+            record.write(layer, routing)
+
+        return self.model.forward(batch, self.cache, observe)
 
     def _sampling_row(self, chunk: Chunk) -> SamplingRow:
         sequence = chunk.sequence

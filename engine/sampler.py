@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.result import Sampled
 from engine.types import SamplingParams, TokenLogprobs
 
 
@@ -34,12 +35,6 @@ class SamplingRow:
     def position(self) -> int:
         """How many tokens were generated before: the counter of the random stream."""
         return len(self.output_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    token_id: int
-    logprobs: TokenLogprobs | None
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:

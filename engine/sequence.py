@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from enum import Enum, auto
 
-from engine.types import FinishReason, Request, TokenLogprobs
+from engine.types import FinishReason, Request, TokenLogprobs, TokenRouting
 
 
 class Status(Enum):
@@ -31,8 +31,12 @@ class Sequence:
         "finish_reason",
         "num_cached",
         "num_computed",
+        "num_ever_computed",
         "num_prompt",
+        "num_visited_tokens",
+        "num_visits",
         "prompt_logprobs",
+        "prompt_routing",
         "queue_seconds",
         "request",
         "seed",
@@ -49,11 +53,15 @@ class Sequence:
         self.token_ids = list(request.prompt_ids)
         self.num_prompt = len(request.prompt_ids)
         self.num_computed = 0
+        self.num_ever_computed = 0
+        self.num_visits = 0
+        self.num_visited_tokens = 0
         self.num_cached = 0
         self.admitted = False
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
+        self.prompt_routing: list[TokenRouting] = []
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -27,6 +28,10 @@ from engine.plan import (
     plan_model,
 )
 from engine.profile import measure_activations
+from engine.routing.base import Router
+from engine.routing.record import RoutingRecord
+from engine.routing.select import check_options, make_router, model_top_k
+from engine.routing.steering import SteeringTable
 from engine.runner import Runner
 from engine.types import EngineInfo, MemoryUse
 from weights import dummy
@@ -34,7 +39,7 @@ from weights.checkpoint import open_checkpoint
 from weights.config import ModelConfig, load_config
 from weights.families.mixtral import param_specs
 from weights.loader import load
-from weights.params import ParamSpec
+from weights.params import ParamKind, ParamSpec
 from weights.reader import resolve
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -53,7 +58,14 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     dtype_name = pick_dtype(config.dtype, model_config, device)
     max_model_len = _max_model_len(config, model_config)
     backend = make_backend(config.backend, param_specs(model_config), device=device, dtype=DTYPES[dtype_name])
-    model = build_model(model_config, backend)
+    router = make_router(
+        model_config,
+        router=config.router,
+        capacity_factor=config.capacity_factor,
+        simulation=config.routing_simulation,
+    )
+    model_config = replace(model_config, num_experts_per_tok=model_top_k(model_config, router))
+    model = build_model(model_config, backend, router)
 
     _check_weights_fit(config, model_config, dtype_name, max_model_len, device)
     bytes_per_token = kv_bytes_per_token(model_config, dtype_name)
@@ -67,10 +79,23 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     else:
         report = dummy.load(model_config, backend, device=device, dtype=DTYPES[dtype_name], seed=config.seed)
 
-    activations = _activations(config, model_config, dtype_name, max_model_len, model)
+    steering = SteeringTable.for_model(model_config, num_slots=config.max_num_seqs + 1, device=device)
+    record = None
+    if config.record_routing:
+        record = RoutingRecord(
+            num_layers=model_config.num_layers,
+            num_experts=model_config.num_experts,
+            top_k=model_config.num_experts_per_tok,
+            max_tokens=config.max_num_batched_tokens,
+            device=device,
+        )
+    # A request may ask for more experts than the model's own K.
+    widest = replace(model_config, num_experts_per_tok=router.max_choices)
+    activations = _activations(config, widest, dtype_name, max_model_len, model)
     num_blocks = num_blocks_in(kv_cache_bytes(config, device, activation_bytes=activations))
     cache = backend.new_kv_cache(model_config.num_layers, num_blocks, config.block_size, model.attention_shape)
-    runner = Runner(model, cache, eos_token_ids=frozenset(model_config.eos_token_ids))
+    eos_token_ids = frozenset(model_config.eos_token_ids)
+    runner = Runner(model, cache, steering, record=record, eos_token_ids=eos_token_ids)
     params = params_by_kind(model_config)
     itemsize = DTYPES[dtype_name].itemsize
     info = EngineInfo(
@@ -88,7 +113,13 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
         num_blocks=num_blocks,
-        enable_prefix_caching=config.enable_prefix_caching,
+        enable_prefix_caching=config.enable_prefix_caching and _repeatable(config, router),
+        router=config.routing_simulation or config.router or model_config.router_type,
+        capacity_factor=router.capacity_factor,
+        routing_simulation=config.routing_simulation,
+        record_routing=config.record_routing,
+        max_experts_per_tok=router.max_choices,
+        expert_params=params.get(ParamKind.EXPERT, 0) // model_config.num_experts,
         eos_token_ids=model_config.eos_token_ids,
         total_params=sum(params.values()),
         active_params=active_params(model_config),
@@ -148,6 +179,7 @@ def _check_options(config: EngineConfig) -> None:
         raise ConfigurationError(f"dtype {config.dtype!r} is not one of auto, {', '.join(DTYPES)}")
     if config.backend not in ("auto", "torch", "reference"):
         raise ConfigurationError(f"backend {config.backend!r} is not one of auto, torch, reference")
+    check_options(router=config.router, capacity_factor=config.capacity_factor, simulation=config.routing_simulation)
     if config.load_format not in ("auto", "dummy"):
         raise ConfigurationError(f"load_format {config.load_format!r} is not one of auto, dummy")
 
@@ -161,6 +193,12 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
             f"max_model_len {config.max_model_len} is over the model's context of {context} tokens"
         )
     return config.max_model_len
+
+
+def _repeatable(config: EngineConfig, router: Router) -> bool:
+    """Whether a token's hidden states depend on the tokens before it alone: not on who else is in the batch, nor on
+    chance. Otherwise no block may serve another request."""
+    return router.capacity_factor is None and not router.draws and config.routing_simulation is None
 
 
 def _check_weights_fit(

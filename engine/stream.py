@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeVar
 
 from engine.errors import EngineDeadError, RequestFailedError
-from engine.types import FinishReason, TokenEvent, TokenLogprobs
+from engine.types import FinishReason, TokenEvent
+
+_Item = TypeVar("_Item")
 
 MAX_PENDING_EVENTS = 64
 """Events that pile up for a slow reader before they are merged into one."""
@@ -99,17 +102,24 @@ def merge(events: list[TokenEvent]) -> TokenEvent:
     first, last = events[0], events[-1]
     if first is last:
         return first
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-    if any(event.logprobs is not None for event in events):
-        logprobs = tuple(itertools.chain.from_iterable(event.logprobs or () for event in events))
     return TokenEvent(
         request_id=first.request_id,
         token_ids=tuple(itertools.chain.from_iterable(event.token_ids for event in events)),
-        logprobs=logprobs,
+        logprobs=_joined([event.logprobs for event in events]),
         prompt_logprobs=next((event.prompt_logprobs for event in events if event.prompt_logprobs is not None), None),
         num_cached_tokens=max(event.num_cached_tokens for event in events),
+        routing=_joined([event.routing for event in events]),
+        prompt_routing=next((event.prompt_routing for event in events if event.prompt_routing is not None), None),
+        expert_visits=last.expert_visits,
         queue_seconds=next((event.queue_seconds for event in events if event.queue_seconds is not None), None),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         error=last.error,
     )
+
+
+def _joined(parts: Sequence[tuple[_Item, ...] | None]) -> tuple[_Item, ...] | None:
+    """All items of the parts that are there; None when none is."""
+    if all(part is None for part in parts):
+        return None
+    return tuple(itertools.chain.from_iterable(part or () for part in parts))

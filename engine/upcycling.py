@@ -21,6 +21,7 @@ from engine.errors import ConfigurationError
 from engine.models.decoder import Decoder
 from engine.models.mixtral import build as build_mixtral
 from engine.routing.base import Routing
+from engine.routing.steering import SteeringTable
 from engine.routing.topk_softmax import TopKSoftmax
 from engine.scheduler import Chunk, StepPlan
 from engine.sequence import Sequence as EngineSequence
@@ -77,7 +78,7 @@ def upcycle(
     for layer in range(config.num_layers):
         gate = torch.zeros(1, config.hidden_size)
         backend.prepare(Piece("", (1, config.hidden_size), f"layers.{layer}.gate"), gate)
-    model = build_mixtral(config, backend)
+    model = build_mixtral(config, backend, TopKSoftmax(1, renormalize=True))
 
     text = tokenizer.encode(calibration_text())[:_TEXT_TOKENS]
     random = _random_ids(config, seed)
@@ -125,13 +126,16 @@ def _run(model: Decoder, config: ModelConfig, ids: list[int], observe: Callable[
     """Run `ids` in sequences of at most `_CHUNK` tokens and show the input of every layer's sparse block."""
     length = min(_CHUNK, config.max_position_embeddings)
     cache = model.backend.new_kv_cache(config.num_layers, 1, length, model.attention_shape)
+    steering = SteeringTable.for_model(config, num_slots=1, device=model.backend.device)
     with torch.inference_mode():
         for start in range(0, len(ids), length):
             request = Request(request_id="calibration", prompt_ids=tuple(ids[start : start + length]), params=_PARAMS)
             sequence = EngineSequence(request, arrival=0, seed=0)
             sequence.block_table = [0]
             plan = StepPlan((Chunk(sequence, 0, sequence.num_tokens),))
-            model.forward(build_batch(plan, block_size=length, device=model.backend.device), cache, observe)
+            model.forward(
+                build_batch(plan, block_size=length, steering=steering, device=model.backend.device), cache, observe
+            )
 
 
 _PARAMS = SamplingParams()
@@ -156,11 +160,10 @@ def _evaluate(
 
 def _route(model: Decoder, config: ModelConfig, routers: Sequence[Tensor], ids: list[int]) -> Iterator[Tensor]:
     """The experts [T, 2] that each layer's router chooses for `ids`."""
-    router = TopKSoftmax(_TOP_K, renormalize=True)
     chosen: list[list[Tensor]] = [[] for _ in routers]
 
     def observe(layer: int, x: Tensor, _: Routing) -> None:
-        chosen[layer].append(router(x @ routers[layer].to(x.dtype).T).expert_ids.long())
+        chosen[layer].append((x @ routers[layer].to(x.dtype).T).topk(_TOP_K, dim=-1).indices)
 
     _run(model, config, ids, observe)
     return (torch.cat(parts) for parts in chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine.errors import ContextLengthError, InvalidRequestError
 from engine.types import EngineInfo, Request, SamplingParams
+from engine.validate_routing import check_routing
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 4
@@ -31,6 +32,7 @@ def check_request(request: Request, info: EngineInfo) -> None:
     _check_int("priority", request.priority, _INT64)
     if request.cache_salt is not None:
         _check_text("cache_salt", request.cache_salt, MAX_NAME_BYTES)
+    check_routing(request, info)
 
 
 def _check_prompt(prompt_ids: tuple[int, ...], vocab_size: int) -> None:

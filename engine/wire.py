@@ -11,6 +11,8 @@ names the message and the values of engine/types.py are maps by field name. Noth
     Add, Abort     ->
                       <- StepOutput(events, aborted, stats)   one a step
                       <- Heartbeat(busy_seconds)              from a thread of its own, also while a step runs
+    AskExperts, …  ->
+                      <- Answer(ask_id, …)                    between two steps
     Shutdown       ->
                       end of file
 """
@@ -24,9 +26,9 @@ from enum import StrEnum
 import msgspec
 
 from engine.config import EngineConfig
-from engine.types import EngineInfo, EngineStats, Request, TokenEvent
+from engine.types import CapacityWhatIf, EngineInfo, EngineStats, ExpertReport, Request, TokenEvent
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Goes up with every change of a message or of a type inside one. `Hello` itself never changes."""
 
 MAX_FRAME_BYTES = 256 * 2**20
@@ -67,6 +69,25 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: str
 
 
+class AskExperts(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What does the routing record say? Answered with a report. Routing must be recorded, here and below."""
+
+    ask_id: int
+
+
+class AskWhatIf(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What would a capacity factor have dropped? Answered with a what-if."""
+
+    ask_id: int
+    capacity_factor: float
+
+
+class ResetExperts(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Start the routing record anew. Answered with the report until now."""
+
+    ask_id: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Leave after the current step, whatever is in flight."""
 
@@ -83,6 +104,14 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
     events: list[TokenEvent]
     aborted: list[str]
     stats: EngineStats
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """To the question of that id."""
+
+    ask_id: int
+    report: ExpertReport | None = None
+    what_if: CapacityWhatIf | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -103,8 +132,8 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     message: str
 
 
-ToEngine = Hello | Start | Add | Abort | Shutdown
-FromEngine = Hello | Ready | StepOutput | Heartbeat | Failed
+ToEngine = Hello | Start | Add | Abort | AskExperts | AskWhatIf | ResetExperts | Shutdown
+FromEngine = Hello | Ready | StepOutput | Answer | Heartbeat | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

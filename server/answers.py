@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 from starlette.types import Receive
 
-from server.choices import ScoredToken
+from server.choices import ChoiceDelta, ScoredToken
 from server.job import Job
+from server.protocol.routing import RoutingTrace
+from server.routing import trace
 from server.stream import until_client_leaves
 
 
@@ -23,6 +26,8 @@ class Answer:
     finish_reason: Literal["stop", "length"]
     mean_logprob: float
     """Over the generated tokens; 0 when none was scored."""
+    routing: RoutingTrace
+    """With the lists that were asked for."""
 
 
 async def collect(job: Job, receive: Receive) -> list[Answer]:
@@ -34,21 +39,24 @@ async def collect(job: Job, receive: Receive) -> list[Answer]:
 
 
 async def _collect(job: Job) -> list[Answer]:
-    texts: list[list[str]] = [[] for _ in job.choices]
-    tokens: list[list[ScoredToken]] = [[] for _ in job.choices]
+    deltas: list[list[ChoiceDelta]] = [[] for _ in job.choices]
     async for delta in job.deltas():
-        texts[delta.index].append(delta.text)
-        tokens[delta.index].extend(delta.tokens)
+        deltas[delta.index].append(delta)
+    asks_prompt, asks_tokens = job.spec.trace_prompt_routing, job.spec.trace_routing
     answers = []
-    for choice in job.choices:
+    for choice, own in zip(job.choices, deltas, strict=True):
         assert choice.finish_reason is not None, "deltas end when every choice has finished"
         answers.append(
             Answer(
                 index=choice.index,
-                text="".join(texts[choice.index]),
-                tokens=tuple(tokens[choice.index]),
+                text="".join(delta.text for delta in own),
+                tokens=tuple(chain.from_iterable(delta.tokens for delta in own)),
                 finish_reason=choice.finish_reason,
                 mean_logprob=choice.mean_logprob,
+                routing=trace(
+                    prompt=chain.from_iterable(delta.prompt_routing or () for delta in own) if asks_prompt else None,
+                    tokens=chain.from_iterable(delta.routing for delta in own) if asks_tokens else None,
+                ),
             )
         )
     return answers

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import takewhile
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, Literal, TypeVar
 
 from engine.errors import RequestFailedError
 from engine.text import Detokenizer, TextStream, Tokenizer, stop_reason
-from engine.types import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
+from engine.types import ExpertVisits, FinishReason, SamplingParams, TokenEvent, TokenLogprobs
+from server.protocol.routing import TokenTrace
+from server.routing import token_trace
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,10 @@ class ChoiceDelta:
     tokens: tuple[ScoredToken, ...] = ()
     """The tokens that this text comes from, when log probabilities were asked for."""
     finish_reason: Literal["stop", "length"] | None = None
+    routing: tuple[TokenTrace, ...] = ()
+    """The routing of those tokens, when that was asked for; at the end that of the end-of-sequence token too."""
+    prompt_routing: tuple[TokenTrace, ...] | None = None
+    """In the first delta of a choice, when it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,7 @@ class Choice:
     """Turns the events of one sequence into deltas.
 
     A token is listed in the delta that brings the first of its text, so one that a stop string cuts off is not listed.
-    The end-of-sequence token (or stop id) is counted in `num_tokens` and listed nowhere.
+    The end-of-sequence token (or stop id) is counted in `num_tokens` and has a routing like any other, but no score.
     """
 
     def __init__(
@@ -59,11 +66,15 @@ class Choice:
         self.index = index
         self.finish_reason: Literal["stop", "length"] | None = None
         self.num_cached_tokens = 0
+        self.expert_visits: ExpertVisits | None = None
         self._tokenizer = tokenizer
         self._params = params
         self._echo = echo
         self._text = TextStream(tokenizer, params, chat=chat)
-        self._lister = TokenLister(tokenizer, params, drop_leading_space=chat, base=len(echo.text) if echo else 0)
+        self._locator = TokenLocator(tokenizer, params, drop_leading_space=chat, base=len(echo.text) if echo else 0)
+        self._scores = Pending[ScoredToken]()
+        self._routing = Pending[TokenTrace]()
+        self._prompt_routing: tuple[TokenTrace, ...] | None = None
         self._started = False
         self._sum_logprobs = 0.0
         self._num_scored = 0
@@ -87,37 +98,50 @@ class Choice:
         if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
             raise RequestFailedError(event.error or "the request was aborted")
         deltas = [] if self._started else self._start(event)
+        self.expert_visits = event.expert_visits or self.expert_visits
         read = self._text.push(event.token_ids, stopped=event.finish_reason is FinishReason.STOP)
         if event.logprobs is not None:
             self._sum_logprobs += sum(entry.logprob for entry in event.logprobs[: read.num_tokens])
             self._num_scored += read.num_tokens
-            self._lister.push(event.logprobs[: self._num_listed(event, read.num_tokens)])
+            self._scores.push(map(self._locator.locate, event.logprobs[: self._num_listed(event, read.num_tokens)]))
+        if event.routing is not None:
+            self._routing.push(map(token_trace, event.routing[: read.num_tokens]))
         text = read.text
         if read.stop is not None:
             self.finish_reason = "stop"
-            tokens = self._lister.take_up_to(self.num_tokens)
         elif event.finish_reason is not None:
             self.finish_reason = "length" if event.finish_reason is FinishReason.LENGTH else "stop"
             text += self._text.finish()
-            tokens = self._lister.take_all()
-        else:
-            tokens = self._lister.take_begun(len(text))
         if text:
-            deltas.append(ChoiceDelta(self.index, text, tokens))
-            tokens = ()
+            deltas.append(self._delta(text))
         if self.finish_reason is not None:
-            deltas.append(ChoiceDelta(self.index, "", tokens, self.finish_reason))
+            deltas.append(self._delta("", self.finish_reason))
         return deltas
+
+    def _delta(self, text: str, finish_reason: Literal["stop", "length"] | None = None) -> ChoiceDelta:
+        """A delta, with what belongs to the tokens that have begun in the text given out so far: at the end, to all."""
+        num_tokens = self._text.num_settled if self.finish_reason is None else self.num_tokens
+        prompt_routing, self._prompt_routing = self._prompt_routing, None
+        return ChoiceDelta(
+            index=self.index,
+            text=text,
+            tokens=self._scores.take_up_to(num_tokens),
+            routing=self._routing.take_up_to(num_tokens),
+            prompt_routing=prompt_routing,
+            finish_reason=finish_reason,
+        )
 
     def _start(self, event: TokenEvent) -> list[ChoiceDelta]:
         self._started = True
         self.num_cached_tokens = event.num_cached_tokens
+        if event.prompt_routing is not None:
+            self._prompt_routing = tuple(map(token_trace, event.prompt_routing))
         if self._echo is None:
             return []
         tokens: tuple[ScoredToken, ...] = ()
         if event.prompt_logprobs is not None:
             tokens = list_prompt(self._echo, event.prompt_logprobs, self._tokenizer)
-        return [ChoiceDelta(self.index, self._echo.text, tokens)]
+        return [replace(self._delta(self._echo.text), tokens=tokens)]
 
     def _num_listed(self, event: TokenEvent, num_read: int) -> int:
         """How many of the event's tokens are listed: all that were read, but for the one that ended the sequence.
@@ -130,39 +154,36 @@ class Choice:
         return num_read - 1 if is_eos or not self._params.include_stop_str_in_output else num_read
 
 
-class TokenLister:
-    """Scored tokens between the engine and the delta they are listed in."""
+class TokenLocator:
+    """Where the text of each token begins."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, drop_leading_space: bool, base: int) -> None:
         self._measure = Detokenizer(
             tokenizer.vocabulary, skip_special_tokens=params.skip_special_tokens, drop_leading_space=drop_leading_space
         )
         self._position = base  # where the next token's text begins
-        self._sent = base
-        self._num_listed = 0
-        self._pending: deque[ScoredToken] = deque()
 
-    def push(self, entries: Sequence[TokenLogprobs]) -> None:
-        for entry in entries:
-            self._pending.append(ScoredToken(entry.token_id, entry.logprob, entry.top, self._position))
-            self._position += len(self._measure.push(entry.token_id))
+    def locate(self, entry: TokenLogprobs) -> ScoredToken:
+        token = ScoredToken(entry.token_id, entry.logprob, entry.top, self._position)
+        self._position += len(self._measure.push(entry.token_id))
+        return token
 
-    def take_begun(self, num_chars: int) -> tuple[ScoredToken, ...]:
-        """`num_chars` more characters were given out: the tokens that begin before their end."""
-        self._sent += num_chars
-        count = sum(1 for _ in takewhile(lambda token: token.offset < self._sent, self._pending))
-        return self._take(count)
 
-    def take_up_to(self, num_tokens: int) -> tuple[ScoredToken, ...]:
-        """So many that `num_tokens` are listed in all; a stop string cut off the others."""
-        return self._take(min(num_tokens - self._num_listed, len(self._pending)))
+class Pending(Generic[T]):
+    """What the engine told of tokens, one item each, until the delta they are listed in."""
 
-    def take_all(self) -> tuple[ScoredToken, ...]:
-        return self._take(len(self._pending))
+    def __init__(self) -> None:
+        self._items: deque[T] = deque()
+        self._num_taken = 0
 
-    def _take(self, count: int) -> tuple[ScoredToken, ...]:
-        self._num_listed += count
-        return tuple(self._pending.popleft() for _ in range(count))
+    def push(self, items: Iterable[T]) -> None:
+        self._items.extend(items)
+
+    def take_up_to(self, num_tokens: int) -> tuple[T, ...]:
+        """The next items, so many that those of the first `num_tokens` tokens are taken in all."""
+        count = min(num_tokens - self._num_taken, len(self._items))
+        self._num_taken += count
+        return tuple(self._items.popleft() for _ in range(count))
 
 
 def list_prompt(echo: Echo, scores: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> tuple[ScoredToken, ...]:

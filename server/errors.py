@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI, Request
+from fastapi import HTTPException as FastApiError
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -74,6 +75,14 @@ class BadRequestError(ApiError):
         super().__init__(400, message, param=param, code=code)
 
 
+class BadBodyError(FastApiError):
+    """The same, raised while the body is read, where FastAPI lets none but its own exceptions pass."""
+
+    def __init__(self, message: str, *, param: str | None) -> None:
+        super().__init__(400, message)
+        self.param = param
+
+
 def overloaded(message: str, *, retry_after: int = 1) -> ApiError:
     """503 with Retry-After: not now, perhaps later."""
     return ApiError(503, message, code="server_overloaded", headers={"Retry-After": str(retry_after)})
@@ -93,6 +102,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(500, "The request failed inside the engine.")
         case EngineDeadError():
             return ApiError(500, "The engine stopped; the request is lost.", code="engine_dead")
+        case BadBodyError():
+            return BadRequestError(str(error.detail), param=error.param)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
         case _:

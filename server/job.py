@@ -9,17 +9,20 @@ from dataclasses import dataclass, replace
 
 from engine.errors import InvalidRequestError, RequestFailedError
 from engine.text import with_eos_ids
-from engine.types import Request, SamplingParams, TokenEvent
+from engine.types import Request, SamplingParams, Steering, TokenEvent
 from engine.validate import check_request
 from server.choices import Choice, ChoiceDelta, Echo
 from server.errors import BadRequestError
 from server.metrics import RequestTimer
 from server.protocol.common import Usage
 from server.protocol.fields import MAX_CHOICES
+from server.routing import active_params_per_token, check_trace_size
 from server.service import Service
 
 _BACKLOG = 64
 """Deltas that may wait for a slow reader, all choices together; the engine's client merges what comes after."""
+_LONG_TRACE = 200
+"""Tokens whose trace takes some 10 ms to put into JSON's form."""
 
 
 MAX_SCORED_ENTRIES = 1_000_000
@@ -41,6 +44,9 @@ class JobSpec:
     cache_salt: str | None = None
     chat: bool = False
     echoes: Sequence[Echo] = ()
+    steering: Steering | None = None
+    trace_routing: bool = False
+    trace_prompt_routing: bool = False
 
 
 @dataclass(slots=True)
@@ -67,8 +73,9 @@ class Job:
                 check_request(request, service.engine.info)
             except InvalidRequestError as error:
                 raise _in_api_words(error, spec) from None
+        check_trace_size(requests, service.engine.info)
         self._service = service
-        self._spec = spec
+        self.spec = spec
         self._runs: list[_Run] = []
         self._open = True
         self._failed = False
@@ -82,7 +89,7 @@ class Job:
             raise
 
     def _submit(self, index: int, request: Request) -> None:
-        spec = self._spec
+        spec = self.spec
         echo = spec.echoes[index // spec.num_choices] if spec.echoes else None
         tokenizer = self._service.tokenizer
         choice = Choice(index, tokenizer, request.params, chat=spec.chat, echo=echo)
@@ -97,9 +104,9 @@ class Job:
     @property
     def usage(self) -> Usage:
         """What was read and generated so far. A prompt counts once, however many choices it has."""
-        prompt_tokens = sum(len(prompt) for prompt in self._spec.prompts)
+        prompt_tokens = sum(len(prompt) for prompt in self.spec.prompts)
         completion_tokens = sum(choice.num_tokens for choice in self.choices)
-        cached = sum(choice.num_cached_tokens for choice in self.choices[:: self._spec.num_choices])
+        cached = sum(choice.num_cached_tokens for choice in self.choices[:: self.spec.num_choices])
         usage: Usage = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -107,6 +114,11 @@ class Job:
         }
         if cached:
             usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        if self.spec.steering is not None:
+            visits = [choice.expert_visits for choice in self.choices if choice.expert_visits is not None]
+            usage["active_params_per_token"] = active_params_per_token(
+                self._service.engine.info, self.spec.steering, visits
+            )
         return usage
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
@@ -124,7 +136,7 @@ class Job:
             if event.queue_seconds is not None:
                 run.timer.queued(event.queue_seconds)
             run.timer.tokens(len(event.token_ids))
-            for delta in run.choice.push(event):
+            for delta in await _push(run.choice, event):
                 if delta.finish_reason is not None:
                     self._finish(run, delta.finish_reason)
                 yield delta
@@ -177,6 +189,9 @@ def _request(spec: JobSpec, index: int) -> Request:
         params=replace(spec.params, choice=choice),
         priority=spec.priority,
         cache_salt=spec.cache_salt,
+        steering=spec.steering,
+        trace_routing=spec.trace_routing,
+        trace_prompt_routing=spec.trace_prompt_routing,
     )
 
 
@@ -185,6 +200,13 @@ def _in_api_words(error: InvalidRequestError, spec: JobSpec) -> BadRequestError:
     names = {"prompt": "messages" if spec.chat else "prompt", "prompt_logprobs": "logprobs"}
     param = names.get(error.param, error.param) if error.param is not None else None
     return BadRequestError(str(error), param=param, code=error.code)
+
+
+async def _push(choice: Choice, event: TokenEvent) -> list[ChoiceDelta]:
+    """As `choice.push`; for the trace of a long prompt in a thread, so that nobody else waits seconds for it."""
+    if len(event.prompt_routing or ()) > _LONG_TRACE:
+        return await asyncio.to_thread(choice.push, event)
+    return choice.push(event)
 
 
 async def _merge(sources: Sequence[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:

@@ -10,6 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from engine.types import EngineStats
+from server.expert_metrics import ExpertCollector
+from server.experts import ExpertScrape
 
 _FIRST_TOKEN_BUCKETS = (
     0.001,
@@ -73,9 +75,14 @@ class Metrics:
     def count_aborted(self) -> None:
         self._aborted.inc()
 
-    def render(self) -> bytes:
-        """Prometheus' text format, version 0.0.4."""
-        return generate_latest(self._registry)
+    def render(self, experts: ExpertScrape | None = None) -> bytes:
+        """Prometheus' text format, version 0.0.4; of the experts too, where there is something to tell."""
+        text = generate_latest(self._registry)
+        if experts is not None:
+            registry = CollectorRegistry()
+            registry.register(ExpertCollector(self._model_name, experts))
+            text += generate_latest(registry)
+        return text
 
 
 class RequestTimer:

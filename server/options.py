@@ -12,6 +12,7 @@ from typing import Any
 from engine.config import EngineConfig
 from server.config import ServerConfig
 from server.version import VERSION
+from weights.config import ROUTER_TYPES
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -94,6 +95,25 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
     option("--block-size", "tokens in a block of the KV cache", **_COUNT)
     option("--enable-prefix-caching", "reuse the KV cache of prompts that begin alike", action=_BOOLEAN)
+    option("--router", "route with another router than the checkpoint's, for experiments", choices=ROUTER_TYPES)
+    option(
+        "--capacity-factor",
+        "drop an expert's assignments over F * K * T / E in a step of T tokens; requests then depend on their "
+        "neighbours, and there is no prefix caching",
+        type=_number(0, math.inf, above=True),
+        metavar="F",
+    )
+    option(
+        "--routing-simulation",
+        "LOAD TESTS ONLY: routes without looking at the router, so that answers mean nothing",
+        choices=("even", "zipf", "one"),
+    )
+    engine.add_argument(
+        "--record-routing",
+        action=_BOOLEAN,
+        default=True,
+        help="count and trace what the routers decide; default: yes",
+    )
     option("--seed", "for requests without one, and for dummy weights", type=_integer(0, 2**32 - 1), metavar="N")
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.text import Tokenizer
-from engine.types import EngineInfo, EngineStats, Request, TokenEvent
+from engine.types import CapacityWhatIf, EngineInfo, EngineStats, ExpertReport, Request, TokenEvent
 from server.config import ServerConfig
 from server.errors import ApiError, overloaded
+from server.experts import Experts
 from server.metrics import Metrics
 
 
@@ -31,6 +32,12 @@ class Engine(Protocol):
 
     def abort(self, request_id: str) -> None: ...
 
+    async def expert_report(self) -> ExpertReport: ...
+
+    async def capacity_what_if(self, capacity_factor: float) -> CapacityWhatIf: ...
+
+    async def reset_experts(self) -> ExpertReport: ...
+
     async def wait_dead(self) -> str: ...
 
     async def shutdown(self) -> None: ...
@@ -44,6 +51,7 @@ class Service:
     tokenizer: Tokenizer
     config: ServerConfig
     metrics: Metrics
+    experts: Experts
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     num_inflight: int = 0

@@ -24,10 +24,12 @@ def summary(info: EngineInfo, *, model_name: str, url: str, chat: bool) -> str:
             f"  weights   {_size(sum(memory.weights.values()))} ({weights})",
             f"  KV cache  {_size(memory.kv_cache)}: {cache_tokens:,} tokens in blocks of {info.block_size}, "
             f"prefix caching {'on' if info.enable_prefix_caching else 'off'}",
+            f"  routing   {_routing(info)}",
             f"  batch     up to {info.max_num_seqs} sequences of {info.max_model_len:,} tokens, "
             f"{info.max_num_batched_tokens:,} tokens a step; activations {_size(memory.activations)}",
             f"  memory    {_size(sum(memory.weights.values()) + memory.kv_cache + memory.activations)} "
             f"of {_size(memory.total)}",
+            *_warning(info),
             "",
             f"Serving on {url}. Try:",
             "",
@@ -35,6 +37,26 @@ def summary(info: EngineInfo, *, model_name: str, url: str, chat: bool) -> str:
             "",
         ]
     )
+
+
+def _routing(info: EngineInfo) -> str:
+    factor = "" if info.capacity_factor is None else f", capacity factor {info.capacity_factor:g}"
+    recorded = "recorded" if info.record_routing else "not recorded"
+    # What a block of the cache holds would depend on a batch's other requests, or on chance.
+    uncached = info.capacity_factor is not None or info.router in ("gshard", "noisy_topk")
+    note = "; no prefix caching with a capacity or random draws" if uncached and not info.enable_prefix_caching else ""
+    router = info.router if info.routing_simulation is None else f"simulated ({info.routing_simulation})"
+    return f"{router}{factor}, {recorded}{note}"
+
+
+def _warning(info: EngineInfo) -> list[str]:
+    if info.routing_simulation is None:
+        return []
+    return [
+        "",
+        f"  !!! ROUTING IS SIMULATED ({info.routing_simulation}): the router is not asked, the answers mean nothing.",
+        "  !!! For load tests only; start without --routing-simulation to serve the model.",
+    ]
 
 
 def _curl(model_name: str, url: str, *, chat: bool) -> str:

@@ -40,6 +40,9 @@ class ModelConfig:
     dtype: str = "bfloat16"
     """The dtype the checkpoint says it holds: float32, float16 or bfloat16."""
     router_type: str = "topk_softmax"
+    """One of ROUTER_TYPES."""
+    capacity_factor: float | None = None
+    """An expert takes ceil(capacity_factor * K * T / E) of a batch's assignments; None: all of them."""
     norm_topk_prob: bool = True
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -48,6 +51,8 @@ class ModelConfig:
         """Whether `layer` routes to experts. Every Mixtral layer does."""
         return self.num_experts > 0 and 0 <= layer < self.num_layers
 
+
+ROUTER_TYPES = ("topk_softmax", "switch", "gshard", "noisy_topk")
 
 _ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -151,6 +156,8 @@ def parse_config(mapping: Mapping[str, Any], generation: Mapping[str, Any] | Non
         sliding_window=fields.optional_size("sliding_window", defaults),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         dtype=_dtype(mapping),
+        router_type=_router_type(mapping),
+        capacity_factor=_capacity_factor(mapping),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=tuple(dict.fromkeys(eos)),
     )
@@ -181,6 +188,11 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     }
     if config.model_type == "mixtral":
         result |= {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+    # Ours, and only where they say more than the model type does.
+    if config.router_type != "topk_softmax":
+        result["router_type"] = config.router_type
+    if config.capacity_factor is not None:
+        result["capacity_factor"] = config.capacity_factor
     return result
 
 
@@ -223,8 +235,6 @@ def _refuse_unsupported(mapping: Mapping[str, Any]) -> None:
         "partial_rotary_factor": 1.0,
         "quantization_config": None,
         "layer_types": None,
-        "router_type": "topk_softmax",
-        "capacity_factor": None,
     }
     for name, only in supported.items():
         value = mapping.get(name)
@@ -260,6 +270,20 @@ def _dtype(mapping: Mapping[str, Any]) -> str:
     if len(set(given.values())) > 1:
         raise ConfigError(f"dtype {given['dtype']} and torch_dtype {given['torch_dtype']} differ")
     return str(next(iter(given.values()), "bfloat16"))
+
+
+def _router_type(mapping: Mapping[str, Any]) -> str:
+    value = mapping.get("router_type")
+    if value is None:
+        return ROUTER_TYPES[0]
+    if not isinstance(value, str) or value not in ROUTER_TYPES:
+        raise ConfigError(f"router_type {_show(value)} is not supported; known: {', '.join(ROUTER_TYPES)}")
+    return value
+
+
+def _capacity_factor(mapping: Mapping[str, Any]) -> float | None:
+    value = mapping.get("capacity_factor")
+    return None if value is None else _positive("capacity_factor", value)
 
 
 def _token_ids(mapping: Mapping[str, Any], name: str, vocab_size: int) -> tuple[int, ...]:

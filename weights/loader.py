@@ -59,6 +59,7 @@ def match(checkpoint: Checkpoint) -> dict[str, Piece]:
     family = family_of(config)
     pieces = {piece.source: piece for piece in family.pieces(config)}
     _refuse("missing", (name for name in pieces if name not in tensors))
+    pieces |= {piece.source: piece for piece in family.optional(config) if piece.source in tensors}
     _refuse("left over", (name for name in tensors if name not in pieces and not family.is_extra(config, name)))
     _refuse("of the wrong shape", _wrong_shapes(pieces, tensors))
     _refuse(

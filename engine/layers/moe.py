@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.backends.base import Backend
-from engine.routing.base import Router, Routing
+from engine.routing.base import GateOutput, Router, Routing, RoutingInputs
 from engine.routing.plan import group
 
 # Called with (layer, input of the block [T, D], its routing) for every sparse layer of a forward pass.
@@ -24,10 +24,13 @@ class MoELayer:
     num_experts: int
     router: Router
 
-    def __call__(self, x: Tensor, observe: RoutingObserver | None = None) -> Tensor:
+    def __call__(self, x: Tensor, inputs: RoutingInputs, observe: RoutingObserver | None = None) -> Tensor:
         """x [T, D] -> [T, D]."""
         name = f"layers.{self.layer}"
-        routing = self.router(self.backend.linear(f"{name}.gate", x))
+        noisy = self.router.draws and self.backend.has(f"{name}.gate_noise")
+        noise = self.backend.linear(f"{name}.gate_noise", x) if noisy else None
+        gates = GateOutput(self.backend.linear(f"{name}.gate", x), noise)
+        routing = self.router(gates, self.layer, inputs)
         if observe is not None:
             observe(self.layer, x, routing)
         plan = group(routing.expert_ids, self.num_experts)

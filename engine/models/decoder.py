@@ -26,7 +26,7 @@ class DecoderLayer:
         name = f"layers.{self.attention.layer}"
         x = x + self.attention(self.backend.rms_norm(f"{name}.input_norm", x, self.norm_eps), batch, cache)
         normed = self.backend.rms_norm(f"{name}.post_attention_norm", x, self.norm_eps)
-        return x + self.moe(normed, observe)
+        return x + self.moe(normed, batch.routing, observe)
 
 
 @dataclass(frozen=True, slots=True)

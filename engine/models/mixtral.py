@@ -9,12 +9,12 @@ from engine.layers.attention import Attention
 from engine.layers.moe import MoELayer
 from engine.layers.rotary import inverse_frequencies
 from engine.models.decoder import Decoder, DecoderLayer
-from engine.routing.topk_softmax import TopKSoftmax
+from engine.routing.base import Router
 from weights.config import ModelConfig
 
 
-def build(config: ModelConfig, backend: Backend) -> Decoder:
-    """The decoder of `config` over weights that `backend` holds or will hold."""
+def build(config: ModelConfig, backend: Backend, router: Router) -> Decoder:
+    """The decoder of `config` over weights that `backend` holds or will hold; every layer routes by `router`."""
     shape = AttentionShape(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -22,7 +22,6 @@ def build(config: ModelConfig, backend: Backend) -> Decoder:
         sliding_window=config.sliding_window,
     )
     inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, backend.device)
-    router = TopKSoftmax(config.num_experts_per_tok, config.norm_topk_prob)
     layers = [
         DecoderLayer(
             backend,

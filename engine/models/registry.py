@@ -8,12 +8,13 @@ from engine.backends.base import Backend
 from engine.errors import ConfigurationError
 from engine.models import mixtral
 from engine.models.decoder import Decoder
+from engine.routing.base import Router
 from weights.config import ModelConfig
 
-BUILDERS: dict[str, Callable[[ModelConfig, Backend], Decoder]] = {"mixtral": mixtral.build}
+BUILDERS: dict[str, Callable[[ModelConfig, Backend, Router], Decoder]] = {"mixtral": mixtral.build}
 
 
-def build_model(config: ModelConfig, backend: Backend) -> Decoder:
+def build_model(config: ModelConfig, backend: Backend, router: Router) -> Decoder:
     """Raises ConfigurationError for a model_type that is not served."""
     if config.model_type not in BUILDERS:
         known = ", ".join(sorted(BUILDERS))
@@ -21,4 +22,4 @@ def build_model(config: ModelConfig, backend: Backend) -> Decoder:
             f"model_type {config.model_type!r} cannot be served, only: {known}"
             + (" (a dense model can be turned into a mixture: mixserve upcycle)" if config.num_experts == 1 else "")
         )
-    return BUILDERS[config.model_type](config, backend)
+    return BUILDERS[config.model_type](config, backend, router)

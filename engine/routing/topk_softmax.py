@@ -5,28 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from engine.routing.base import Routing
+from engine.routing.base import GateOutput, Routing, RoutingInputs
+from engine.routing.capacity import within_capacity
+from engine.routing.choose import mask_forbidden, normalized, top_k
 
 
 @dataclass(frozen=True, slots=True)
 class TopKSoftmax:
-    """Choose the `top_k` most probable experts; with `renormalize` their weights are scaled to sum to 1.
+    """Choose the K most probable experts; with `renormalize` their weights are scaled to sum to 1.
 
     Mixtral's definition, softmax over the K largest logits, is the same as renormalising their share of the full
-    softmax.
+    softmax. With a `capacity_factor`, which the model does not have of its own, choices beyond it are dropped after
+    that.
     """
 
-    top_k: int
+    max_choices: int
     renormalize: bool
+    capacity_factor: float | None = None
+    draws: bool = False
 
-    def __call__(self, logits: Tensor) -> Routing:
-        """`logits` [T, E] -> Routing with K_max = top_k. Equal gates go to the lower expert."""
-        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        # torch.topk leaves the order of equals open; a stable sort does not.
-        weights, expert_ids = torch.sort(probabilities, dim=-1, descending=True, stable=True)
-        weights, expert_ids = weights[:, : self.top_k], expert_ids[:, : self.top_k]
+    def __call__(self, gates: GateOutput, layer: int, inputs: RoutingInputs) -> Routing:
+        probabilities = torch.softmax(mask_forbidden(gates.logits, layer, inputs), dim=-1)
+        chosen, weights = top_k(probabilities, layer, inputs)
         if self.renormalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return Routing(expert_ids.to(torch.int32), weights, logits)
+            weights = normalized(weights)
+        if self.capacity_factor is None:
+            return Routing(chosen, weights, gates.logits, chosen)
+        kept = within_capacity(chosen, gates.logits.shape[1], self.capacity_factor, inputs)
+        return Routing(torch.where(kept, chosen, -1), torch.where(kept, weights, 0.0), gates.logits, chosen)

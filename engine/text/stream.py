@@ -61,6 +61,11 @@ class TextStream:
         """
         return self._num_settled + len(self._starts)
 
+    @property
+    def num_settled(self) -> int:
+        """The first so many tokens have begun in the text that was given out: no stop string can cut them off."""
+        return self._num_settled
+
     def push(self, token_ids: Sequence[int], *, stopped: bool = False) -> TextDelta:
         """The text that these tokens bring. After a stop string was found, ids are ignored.
 

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from server.errors import BadRequestError
 from server.protocol import fields
 from server.protocol.common import GenerationRequest, Usage
+from server.protocol.routing import RoutingTrace
 
 
 class Message(BaseModel):
@@ -114,6 +115,7 @@ class ChatChoice(TypedDict):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
+    routing: NotRequired[RoutingTrace]
 
 
 class ChatCompletion(TypedDict):
@@ -135,6 +137,7 @@ class ChunkChoice(TypedDict):
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    routing: NotRequired[RoutingTrace]
 
 
 class ChatChunk(TypedDict):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NotRequired, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
-from engine.types import SamplingParams
+from engine.types import SamplingParams, Steering
 from server.config import SamplingDefaults
 from server.errors import BadRequestError
 from server.protocol import fields
@@ -17,16 +17,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_NOT_BUILT = (
-    "chat_template",
-    "experts_per_token",
-    "expert_mask",
-    "expert_min_p",
-    "routing",
-    "routing_prompt",
-    "structured_outputs",
-    "suffix",
-)
+_NOT_BUILT = ("chat_template", "structured_outputs", "suffix")
 
 
 class StreamOptions(BaseModel):
@@ -61,6 +52,11 @@ class GenerationRequest(BaseModel):
     stream_options: StreamOptions | None = None
     priority: fields.Priority | None = None
     cache_salt: fields.CacheSalt | None = None
+    routing: fields.Flag | None = None
+    routing_prompt: fields.Flag | None = None
+    experts_per_token: fields.ExpertCount | None = None
+    expert_min_p: fields.MinP | None = None
+    expert_mask: fields.ExpertMask | None = None
     response_format: Any = None
     user: Any = None
     metadata: Any = None
@@ -90,6 +86,19 @@ class GenerationRequest(BaseModel):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def steering(self) -> Steering | None:
+        """What is asked of routing; None for nothing. One mask, however it is written, has one form."""
+        mask = self.expert_mask or []
+        layers: list[tuple[int | None, list[int]]]
+        layers = [(None, mask)] if isinstance(mask, list) else [*sorted((int(key), ids) for key, ids in mask.items())]
+        steering = Steering(
+            experts_per_token=self.experts_per_token,
+            forbidden=tuple((layer, tuple(sorted(set(experts)))) for layer, experts in layers if experts),
+            min_p=self.expert_min_p or 0.0,
+        )
+        return None if steering == Steering() else steering
 
     def to_params(
         self,
@@ -137,6 +146,7 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: NotRequired[PromptTokensDetails]
+    active_params_per_token: NotRequired[Annotated[int, Field(description="of a request that steers its routing")]]
 
 
 def _or(value: T | None, default: T) -> T:

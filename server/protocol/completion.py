@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from server.errors import BadRequestError
 from server.protocol import fields
 from server.protocol.common import GenerationRequest, Usage
+from server.protocol.routing import RoutingTrace
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -65,6 +66,7 @@ class CompletionChoice(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    routing: NotRequired[RoutingTrace]
 
 
 class Completion(TypedDict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -14,6 +15,8 @@ MAX_LOGIT_BIAS = 300
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 128
+MAX_MASK = 1024
+"""Layers of an expert mask, and experts of a layer."""
 
 
 def expect(what: str) -> WrapValidator:
@@ -54,6 +57,10 @@ def _prompt_kind(prompt: Any) -> str:
 
 def _valid_bias(bias: dict[str, float]) -> bool:
     return all(key.isascii() and key.isdigit() and len(key) < 20 for key in bias)
+
+
+def _valid_mask(mask: list[int] | dict[str, list[int]]) -> bool:
+    return isinstance(mask, list) or all(re.fullmatch(r"0|[1-9]\d{0,8}", layer, re.ASCII) for layer in mask)
 
 
 Flag = Annotated[bool, expect("true or false")]
@@ -98,3 +105,10 @@ Priority = Annotated[int, Field(ge=-(2**31), lt=2**31), expect("a signed integer
 CacheSalt = Annotated[
     str, Field(min_length=1, max_length=MAX_STOP_LENGTH), expect(f"a string of 1 to {MAX_STOP_LENGTH} characters")
 ]
+ExpertCount = Annotated[int, Field(ge=1, lt=2**31), expect("an integer, 1 or more")]
+ExpertIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_MASK, fail_fast=True)]
+ExpertMask = Annotated[
+    ExpertIds | Annotated[dict[str, ExpertIds], Field(max_length=MAX_MASK)],
+    check('a list of forbidden expert ids, or an object of such lists by layer, as {"0": [3, 5]}', _valid_mask),
+]
+CapacityFactor = Annotated[float, Field(gt=0, allow_inf_nan=False), expect("a finite number above 0")]

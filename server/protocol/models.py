@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -13,6 +13,8 @@ class ModelCard(TypedDict):
     created: int
     owned_by: str
     max_model_len: int
+    routing_simulation: NotRequired[str]
+    """What routes in the router's place, for load tests: the model's answers mean nothing then."""
 
 
 class ModelList(TypedDict):

@@ -16,8 +16,9 @@ from server.errors import BadRequestError
 from server.job import Job, JobSpec
 from server.json_io import JsonResponse
 from server.logprobs import chat_logprobs
-from server.protocol.chat import ChatCompletion, ChatLogprobs, ChatRequest, ChunkChoice, Delta
+from server.protocol.chat import ChatChoice, ChatCompletion, ChatLogprobs, ChatRequest, ChunkChoice, Delta
 from server.routes.json_route import JsonRoute
+from server.routing import trace
 from server.service import Service
 from server.stream import DONE, ChunkWriter, EventStream
 
@@ -56,15 +57,7 @@ class ChatWriter:
             "object": "chat.completion",
             "created": self._created,
             "model": self._model,
-            "choices": [
-                {
-                    "index": answer.index,
-                    "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                    "logprobs": self._logprobs(answer.tokens),
-                    "finish_reason": answer.finish_reason,
-                }
-                for answer in found
-            ],
+            "choices": [self._choice(answer) for answer in found],
             "usage": job.usage,
         }
 
@@ -81,10 +74,23 @@ class ChatWriter:
             chunk = _chunk(delta.index, content)
             chunk["logprobs"] = self._logprobs(delta.tokens) if delta.tokens else None
             chunk["finish_reason"] = delta.finish_reason
+            if delta.routing or delta.prompt_routing:
+                chunk["routing"] = trace(prompt=delta.prompt_routing, tokens=delta.routing or None)
             yield chunks.choice(chunk)
         if self._body.include_usage:
             yield chunks.usage(job.usage)
         yield DONE
+
+    def _choice(self, answer: answers.Answer) -> ChatChoice:
+        choice: ChatChoice = {
+            "index": answer.index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": self._logprobs(answer.tokens),
+            "finish_reason": answer.finish_reason,
+        }
+        if answer.routing:
+            choice["routing"] = answer.routing
+        return choice
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> ChatLogprobs | None:
         if not self._body.logprobs:
@@ -116,5 +122,8 @@ def _spec(service: Service, body: ChatRequest, prompt_ids: tuple[int, ...]) -> J
         num_choices=body.num_choices,
         priority=body.priority or 0,
         cache_salt=body.cache_salt,
+        steering=body.steering,
+        trace_routing=bool(body.routing),
+        trace_prompt_routing=bool(body.routing_prompt),
         chat=True,
     )

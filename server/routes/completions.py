@@ -17,6 +17,7 @@ from server.json_io import JsonResponse
 from server.logprobs import completion_logprobs
 from server.protocol.completion import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from server.routes.json_route import JsonRoute
+from server.routing import trace
 from server.service import Service
 from server.stream import DONE, ChunkWriter, EventStream
 
@@ -56,15 +57,7 @@ class CompletionWriter:
             "object": "text_completion",
             "created": self._created,
             "model": self._model,
-            "choices": [
-                {
-                    "index": answer.index,
-                    "text": answer.text,
-                    "logprobs": self._logprobs(answer.tokens),
-                    "finish_reason": answer.finish_reason,
-                }
-                for answer in found
-            ],
+            "choices": [self._choice(answer) for answer in found],
             "usage": job.usage,
         }
 
@@ -78,10 +71,23 @@ class CompletionWriter:
                 "logprobs": self._logprobs(delta.tokens) if delta.tokens else None,
                 "finish_reason": delta.finish_reason,
             }
+            if delta.routing or delta.prompt_routing:
+                choice["routing"] = trace(prompt=delta.prompt_routing, tokens=delta.routing or None)
             yield chunks.choice(choice)
         if self._body.include_usage:
             yield chunks.usage(job.usage)
         yield DONE
+
+    def _choice(self, answer: answers.Answer) -> CompletionChoice:
+        choice: CompletionChoice = {
+            "index": answer.index,
+            "text": answer.text,
+            "logprobs": self._logprobs(answer.tokens),
+            "finish_reason": answer.finish_reason,
+        }
+        if answer.routing:
+            choice["routing"] = answer.routing
+        return choice
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> CompletionLogprobs | None:
         if self._body.logprobs is None:
@@ -120,5 +126,8 @@ def _spec(service: Service, body: CompletionRequest, prompts: Sequence[Echo]) ->
         num_choices=body.num_generated,
         priority=body.priority or 0,
         cache_salt=body.cache_salt,
+        steering=body.steering,
+        trace_routing=bool(body.routing),
+        trace_prompt_routing=bool(body.routing_prompt),
         echoes=prompts if body.echo else (),
     )

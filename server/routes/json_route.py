@@ -8,14 +8,18 @@ from typing import Any
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
-from server.errors import ApiError
-from server.json_io import parse
+from server.errors import ApiError, BadBodyError
+from server.json_io import NotFiniteError, parse
 
 
 class JsonRequest(Request):
     async def json(self) -> Any:
         try:
             return parse(await self.body())
+        except NotFiniteError as error:
+            raise BadBodyError(
+                f"{error.field or 'The body'} has a number that is not finite.", param=error.field
+            ) from None
         except ValueError as error:
             raise HTTPException(400, f"The body is not valid JSON: {error}.") from None
 

@@ -13,6 +13,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        text = service.metrics.render(await service.experts.scrape())
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return routes

@@ -13,13 +13,17 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     def card() -> ModelCard:
-        return {
+        info = service.engine.info
+        found: ModelCard = {
             "id": service.config.served_model_name,
             "object": "model",
             "created": service.created,
             "owned_by": "mixserve",
-            "max_model_len": service.engine.info.max_model_len,
+            "max_model_len": info.max_model_len,
         }
+        if info.routing_simulation is not None:
+            found["routing_simulation"] = info.routing_simulation
+        return found
 
     @routes.get("/v1/models", responses={200: {"model": ModelList}})
     async def list_models() -> Response:

@@ -33,6 +33,8 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.models.registry import build_model
 from engine.plan import plan_model
+from engine.routing.select import make_router
+from engine.routing.steering import SteeringTable
 from engine.scheduler import Chunk, StepPlan
 from engine.sequence import Sequence as EngineSequence
 from engine.startup import DTYPES, make_backend, pick_device
@@ -148,7 +150,9 @@ def logits_of(folder: Path, backend_name: str, dtype: str, device: torch.device)
     config = checkpoint.config
     backend = make_backend(backend_name, param_specs(config), device=device, dtype=DTYPES[dtype])
     load(checkpoint, backend)
-    model = build_model(config, backend)
+    router = make_router(config, router=None, capacity_factor=None, simulation=None)
+    model = build_model(config, backend, router)
+    steering = SteeringTable.for_model(config, num_slots=1, device=device)
     block_size, num_blocks = 16, 8
     cache = backend.new_kv_cache(config.num_layers, num_blocks, block_size, model.attention_shape)
     sequences = [EngineSequence(request, arrival=i, seed=0) for i, request in enumerate(requests(config, 1))]
@@ -159,7 +163,7 @@ def logits_of(folder: Path, backend_name: str, dtype: str, device: torch.device)
     last = StepPlan(tuple(Chunk(s, s.num_tokens - 1, 1) for s in sequences))
     logits = []
     for plan in (prompts, last):
-        hidden = model.forward(batches.build(plan, block_size=block_size, device=device), cache)
+        hidden = model.forward(batches.build(plan, block_size=block_size, steering=steering, device=device), cache)
         logits.append(model.logits(hidden))
     return torch.cat(logits)
 

@@ -11,11 +11,12 @@ import zlib
 from collections.abc import Callable
 
 from engine.core import EngineCore
-from engine.executor import OutOfDeviceMemoryError, StepResult
-from engine.sampler import Sampled
+from engine.executor import OutOfDeviceMemoryError
+from engine.result import Sampled, StepResult
 from engine.scheduler import StepPlan
 from engine.sequence import Sequence
-from engine.types import EngineInfo, MemoryUse, Request, TokenLogprobs
+from engine.types import Request, TokenLogprobs
+from tests.engine.infos import engine_info
 
 VOCAB_SIZE = 3
 """Few tokens, so that answers begin alike by chance and share blocks."""
@@ -57,6 +58,9 @@ class CacheExecutor:
     def peak_memory_bytes(self) -> int:
         return 0
 
+    def routing_record(self) -> None:
+        return None
+
     def _write(self, plan: StepPlan) -> None:
         """All slots of the step, before any is read, as a layer does it. A step that fails leaves nonsense."""
         written: set[int] = set()
@@ -86,7 +90,7 @@ class CacheExecutor:
 
 
 def beginning(request: Request) -> int:
-    return zlib.crc32(repr((request.cache_salt, request.steering_digest)).encode())
+    return zlib.crc32(repr((request.cache_salt, request.steering)).encode())
 
 
 def extend(text: int, token_id: int) -> int:
@@ -126,28 +130,14 @@ def make_core(
     enable_prefix_caching: bool = True,
 ) -> EngineCore:
     """A core over `executor` without end-of-sequence ids, whose longest sequence fills the cache."""
-    info = EngineInfo(
-        model="none",
-        model_type="none",
-        device="cpu",
-        dtype="none",
-        backend="none",
+    info = engine_info(
         vocab_size=VOCAB_SIZE,
-        num_layers=1,
-        num_experts=1,
-        num_experts_per_tok=1,
         max_model_len=num_blocks * executor.block_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=executor.block_size,
         num_blocks=num_blocks,
         enable_prefix_caching=enable_prefix_caching,
-        eos_token_ids=(),
-        total_params=0,
-        active_params=0,
-        load_seconds=0.0,
-        load_bytes=0,
-        memory=MemoryUse(),
-        pid=0,
+        record_routing=False,
     )
     return EngineCore(executor, info)

@@ -15,7 +15,18 @@ from dataclasses import asdict, dataclass, replace
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
-from engine.types import EngineInfo, EngineStats, FinishReason, MemoryUse, Request, SamplingParams, TokenEvent
+from engine.types import (
+    CapacityWhatIf,
+    EngineInfo,
+    EngineStats,
+    ExpertReport,
+    FinishReason,
+    Request,
+    RoutingStats,
+    SamplingParams,
+    TokenEvent,
+)
+from tests.engine.infos import engine_info
 from weights.errors import CheckpointError
 
 CORE = f"{__name__}:FakeCore.build"
@@ -52,12 +63,17 @@ class FakeCore:
     """See the module. `stats().num_preemptions` counts calls of `abort`, `num_waiting` is always 0."""
 
     def __init__(self, script: Script, config: EngineConfig) -> None:
-        self.info = make_info(max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len or MAX_MODEL_LEN)
+        self.info = make_info(
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len or MAX_MODEL_LEN,
+            record_routing=config.record_routing,
+        )
         self._script = script
         self._live: dict[str, Request] = {}
         self._num_sent: dict[str, int] = {}
         self._num_steps = 0
         self._num_aborts = 0
+        self._reset_at = 0
 
     @classmethod
     def build(cls, config: EngineConfig, *, progress: bool) -> FakeCore:
@@ -109,6 +125,25 @@ class FakeCore:
             num_running=len(self._live), num_steps=self._num_steps, num_preemptions=self._num_aborts, num_blocks=64
         )
 
+    def expert_report(self) -> ExpertReport:
+        return make_report(self._num_steps - self._reset_at)
+
+    def capacity_what_if(self, capacity_factor: float) -> CapacityWhatIf:
+        return CapacityWhatIf(
+            capacity_factor=capacity_factor,
+            window_steps=self._num_steps - self._reset_at,
+            window_assigned=8,
+            window_overflow=((1, 0),),
+            total_capacity_factor=capacity_factor,
+            total_assigned=16,
+            total_overflow=((3, 0),),
+        )
+
+    def reset_experts(self) -> ExpertReport:
+        report = self.expert_report()
+        self._reset_at = self._num_steps
+        return report
+
     def _advance(self, request: Request) -> TokenEvent:
         request_id, first = request.request_id, request.prompt_ids[0]
         if first == BAD_PROMPT:
@@ -126,28 +161,39 @@ class FakeCore:
         )
 
 
-def make_info(*, max_num_seqs: int = 8, max_model_len: int = MAX_MODEL_LEN, vocab_size: int = VOCAB_SIZE) -> EngineInfo:
-    return EngineInfo(
+def make_report(num_steps: int) -> ExpertReport:
+    """A report of that many steps, without layers."""
+    stats = RoutingStats(tokens=num_steps, steps=num_steps, pooled_auxiliary_loss=2.0, layers=())
+    return ExpertReport(
+        router="topk_softmax",
+        num_experts=2,
+        num_experts_per_tok=2,
+        capacity_factor=None,
+        simulation=None,
+        window=stats,
+        total=stats,
+        recomputed_tokens=0,
+    )
+
+
+def make_info(
+    *,
+    max_num_seqs: int = 8,
+    max_model_len: int = MAX_MODEL_LEN,
+    vocab_size: int = VOCAB_SIZE,
+    record_routing: bool = False,
+) -> EngineInfo:
+    return engine_info(
         model="fake",
-        model_type="mixtral",
-        device="cpu",
-        dtype="float32",
-        backend="torch",
         vocab_size=vocab_size,
         num_layers=1,
         num_experts=2,
-        num_experts_per_tok=2,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=64,
         block_size=16,
-        num_blocks=64,
         enable_prefix_caching=False,
+        record_routing=record_routing,
+        max_experts_per_tok=2,
         eos_token_ids=(2,),
-        total_params=1,
-        active_params=1,
-        load_seconds=0.0,
-        load_bytes=0,
-        memory=MemoryUse(weights={"expert": 1}, total=2),
         pid=os.getpid(),
     )

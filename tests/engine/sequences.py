@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from engine.sequence import Sequence
-from engine.types import Request, SamplingParams
+from engine.types import Request, SamplingParams, Steering
 
 
 def make_sequence(
     token_ids: list[int],
     *,
     salt: str | None = None,
-    digest: bytes = b"",
+    steering: Steering | None = None,
     prompt_logprobs: int | None = None,
     priority: int = 0,
     arrival: int = 0,
@@ -21,6 +21,6 @@ def make_sequence(
         params=SamplingParams(prompt_logprobs=prompt_logprobs),
         priority=priority,
         cache_salt=salt,
-        steering_digest=digest,
+        steering=steering,
     )
     return Sequence(request, arrival=arrival, seed=0)

@@ -10,14 +10,32 @@ from torch import Tensor
 
 from engine.batch import build, logits_rows
 from engine.scheduler import Chunk, StepPlan
-from tests.engine.sequences import make_sequence
+from engine.sequence import Sequence
+from engine.types import Request, SamplingParams, Steering
+from tests.engine.routing.inputs import plain_table
 
 CPU = torch.device("cpu")
 
 
-def make_chunk(num_tokens: int, start: int, length: int, block_table: list[int], *, first_id: int = 0) -> Chunk:
+def make_chunk(
+    num_tokens: int,
+    start: int,
+    length: int,
+    block_table: list[int],
+    *,
+    first_id: int = 0,
+    steering: Steering | None = None,
+    seed: int = 0,
+    choice: int = 0,
+) -> Chunk:
     """Tokens [start, start + length) of a sequence of `num_tokens` tokens first_id, first_id + 1, …"""
-    sequence = make_sequence(list(range(first_id, first_id + num_tokens)))
+    request = Request(
+        request_id="r",
+        prompt_ids=tuple(range(first_id, first_id + num_tokens)),
+        params=SamplingParams(choice=choice),
+        steering=steering,
+    )
+    sequence = Sequence(request, arrival=0, seed=seed)
     sequence.block_table = block_table
     sequence.num_computed = start
     return Chunk(sequence, start, length)
@@ -25,7 +43,7 @@ def make_chunk(num_tokens: int, start: int, length: int, block_table: list[int],
 
 def test_the_example() -> None:
     plan = StepPlan((make_chunk(6, 5, 1, [7, 2], first_id=10), make_chunk(3, 0, 3, [3], first_id=50)))
-    batch = build(plan, block_size=4, device=CPU)
+    batch = build(plan, block_size=4, steering=plain_table(), device=CPU)
     assert batch.num_tokens == 4
     assert batch.input_ids.tolist() == [15, 50, 51, 52]
     assert batch.positions.tolist() == [5, 0, 1, 2]
@@ -37,12 +55,36 @@ def test_the_example() -> None:
     assert (batch.query_lens, batch.context_lens) == ([1, 3], [6, 3])
 
 
+def test_routing_inputs() -> None:
+    """Tokens share slot, seed and position with their request; K_max is the largest of the batch."""
+    table = plain_table(num_experts=4, top_k=2, num_slots=4)
+    one, four = Steering(experts_per_token=1), Steering(experts_per_token=4)
+    steerings = [one, None, four, one]
+    lengths = [(6, 5, 1), (3, 0, 3), (9, 4, 2), (2, 1, 1)]
+    chunks = [
+        make_chunk(*sizes, [0, 1, 2], steering=steering, seed=seed, choice=index)
+        for index, (sizes, steering, seed) in enumerate(zip(lengths, steerings, [5, -5, 2**63 + 3, 5], strict=True))
+    ]
+    routing = build(StepPlan(tuple(chunks)), block_size=4, steering=table, device=CPU).routing
+    slot = {steering: table.slots_of([steering])[0] for steering in steerings}
+    assert routing.slots.tolist() == [slot[one], 0, 0, 0, slot[four], slot[four], slot[one]]
+    assert routing.top_k[routing.slots].tolist() == [1, 2, 2, 2, 4, 4, 1]
+    assert routing.positions.tolist() == [5, 0, 1, 2, 4, 5, 1]
+    assert (routing.max_top_k, int(routing.num_valid_tokens)) == (4, 7)
+    seeds = routing.seeds.tolist()
+    assert len(set(seeds)) == 4, "the same seed in another choice is another stream"
+    assert seeds[1] == seeds[2] == seeds[3]
+    assert seeds[0] == 5
+    assert build(StepPlan((chunks[1],)), block_size=4, steering=table, device=CPU).routing.max_top_k == 2
+    assert build(StepPlan((chunks[0],)), block_size=4, steering=table, device=CPU).routing.max_top_k == 1
+
+
 def test_only_chunks_that_reach_the_end_are_sampled() -> None:
     plan = StepPlan((make_chunk(9, 0, 4, [0]), make_chunk(9, 4, 5, [1, 2, 3]), make_chunk(5, 0, 4, [4])))
     assert logits_rows(plan) == [8]
-    batch = build(plan, block_size=4, device=CPU)
+    batch = build(plan, block_size=4, steering=plain_table(), device=CPU)
     assert batch.logits_indices.tolist() == [8]
-    nothing = build(StepPlan((make_chunk(9, 0, 4, [0]),)), block_size=4, device=CPU)
+    nothing = build(StepPlan((make_chunk(9, 0, 4, [0]),)), block_size=4, steering=plain_table(), device=CPU)
     assert nothing.logits_indices.shape == (0,)
 
 
@@ -59,13 +101,15 @@ def test_only_chunks_that_reach_the_end_are_sampled() -> None:
     ],
 )
 def test_dtypes(field: str, dtype: torch.dtype) -> None:
-    tensor = getattr(build(StepPlan((make_chunk(9, 0, 4, [0]),)), block_size=4, device=CPU), field)
+    tensor = getattr(
+        build(StepPlan((make_chunk(9, 0, 4, [0]),)), block_size=4, steering=plain_table(), device=CPU), field
+    )
     assert isinstance(tensor, Tensor)
     assert tensor.dtype == dtype
 
 
 def test_slots_do_not_overflow() -> None:
-    batch = build(StepPlan((make_chunk(1, 0, 1, [2**30]),)), block_size=16, device=CPU)
+    batch = build(StepPlan((make_chunk(1, 0, 1, [2**30]),)), block_size=16, steering=plain_table(), device=CPU)
     assert batch.slot_mapping.tolist() == [2**34]
 
 
@@ -87,7 +131,7 @@ def plans(draw: st.DrawFn, block_size: int) -> StepPlan:
 @given(st.data(), st.integers(1, 6))
 def test_random_plans_equal_a_loop(data: st.DataObject, block_size: int) -> None:
     plan = data.draw(plans(block_size))
-    batch = build(plan, block_size=block_size, device=CPU)
+    batch = build(plan, block_size=block_size, steering=plain_table(), device=CPU)
     assert batch.num_tokens == plan.num_tokens
     token = 0
     sampled = []

@@ -9,6 +9,7 @@ import pytest
 
 from engine.block_manager import BlockManager, namespace
 from engine.sequence import Sequence
+from engine.types import Steering
 from tests.engine.sequences import make_sequence
 
 
@@ -60,12 +61,17 @@ def test_what_keeps_equal_tokens_apart() -> None:
         {"salt": "b"},
         {"salt": ""},
         {"salt": "salt:"},
-        {"digest": b"a"},
-        {"digest": b"salt:a"},
-        {"salt": "a", "digest": b"a"},
-        {"salt": "a\x00", "digest": b""},
-        {"salt": "ab", "digest": b"c"},
-        {"salt": "a", "digest": b"bc"},
+        {"salt": "a\x00"},
+        {"steering": Steering()},
+        {"steering": Steering(experts_per_token=2)},
+        {"steering": Steering(min_p=0.1)},
+        {"steering": Steering(min_p=0.2)},
+        {"steering": Steering(forbidden=((None, (0,)),))},
+        {"steering": Steering(forbidden=((0, (0,)),))},
+        {"steering": Steering(forbidden=((0, (1,)),))},
+        {"steering": Steering(forbidden=((1, (0,)),))},
+        {"salt": "a", "steering": Steering()},
+        {"salt": "a", "steering": Steering(min_p=0.1)},
     ]
     for first in variants:
         blocks = BlockManager(8, 4)
@@ -76,10 +82,11 @@ def test_what_keeps_equal_tokens_apart() -> None:
 
 def test_block_hashes_are_a_sha256_chain() -> None:
     blocks = BlockManager(8, 3)
-    sequence = make_sequence([5, 0, 2**31 - 1, 7, 8, 9, 1, 2], salt="pepper", digest=b"\x01\x02")
+    steering = Steering(experts_per_token=1)
+    sequence = make_sequence([5, 0, 2**31 - 1, 7, 8, 9, 1, 2], salt="pepper", steering=steering)
     compute(blocks, sequence)
     salt = b"salt:pepper"
-    key = hashlib.sha256(struct.pack("<I", len(salt)) + salt + struct.pack("<I", 2) + b"\x01\x02").digest()
+    key = hashlib.sha256(struct.pack("<I", len(salt)) + salt + struct.pack("<I", 32) + steering.digest()).digest()
     expected = []
     for tokens in ([5, 0, 2**31 - 1], [7, 8, 9]):
         key = hashlib.sha256(key + struct.pack("<3i", *tokens)).digest()

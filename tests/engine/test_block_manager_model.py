@@ -11,9 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.block_manager import BlockManager
 from engine.sequence import Sequence
+from engine.types import Steering
 from tests.engine.sequences import make_sequence
 
-Key = tuple[str | None, bytes, tuple[int, ...]]
+Key = tuple[str | None, Steering | None, tuple[int, ...]]
 """What decides a block's contents: salt, steering, and every token up to the block's end."""
 
 
@@ -42,7 +43,7 @@ class NaivePrefixCache(RuleBasedStateMachine):
         self.arrivals = 0
 
     def key(self, sequence: Sequence, end: int) -> Key:
-        return sequence.request.cache_salt, sequence.request.steering_digest, tuple(sequence.token_ids[:end])
+        return sequence.request.cache_salt, sequence.request.steering, tuple(sequence.token_ids[:end])
 
     def expected_prefix(self, sequence: Sequence) -> list[Key]:
         found: list[Key] = []
@@ -90,11 +91,16 @@ class NaivePrefixCache(RuleBasedStateMachine):
             self.slots[slot] = self.key(sequence, position + 1)
         sequence.num_computed = end
 
-    @rule(ids=SMALL, salt=st.sampled_from([None, "s"]), digest=st.sampled_from([b"", b"d"]), scored=st.booleans())
-    def admit(self, ids: list[int], salt: str | None, digest: bytes, scored: bool) -> None:
+    @rule(
+        ids=SMALL,
+        salt=st.sampled_from([None, "s"]),
+        steering=st.sampled_from([None, Steering(experts_per_token=1)]),
+        scored=st.booleans(),
+    )
+    def admit(self, ids: list[int], salt: str | None, steering: Steering | None, scored: bool) -> None:
         self.arrivals += 1
         sequence = make_sequence(
-            ids, salt=salt, digest=digest, prompt_logprobs=0 if scored else None, arrival=self.arrivals
+            ids, salt=salt, steering=steering, prompt_logprobs=0 if scored else None, arrival=self.arrivals
         )
         prefix = self.blocks.find_prefix(sequence)
         expected = [] if scored else self.expected_prefix(sequence)

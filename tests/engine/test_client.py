@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from engine.errors import (
 from engine.stream import RequestStream
 from engine.types import FinishReason, TokenEvent
 from tests.engine.engines import SLOW, in_loop, running, tokens_of, until
-from tests.engine.fake_core import BAD_PROMPT, Script, make_request
+from tests.engine.fake_core import BAD_PROMPT, Script, make_report, make_request
 
 
 @in_loop
@@ -231,3 +232,51 @@ async def test_giving_up_before_the_first_step_and_all_at_once() -> None:
             await until(lambda: engine.num_inflight == 0, 1.0)
         assert engine.stats.num_running == 0
         assert engine.stats.num_preemptions == 150
+
+
+# Questions about experts
+
+
+@in_loop
+async def test_questions_beside_requests() -> None:
+    async with running(SLOW, record_routing=True) as engine:
+        assert await engine.expert_report() == make_report(0)
+        stream = engine.submit(make_request("a", max_tokens=20))
+        await anext(stream)
+        reports, what_if = await asyncio.gather(
+            asyncio.gather(*(engine.expert_report() for _ in range(5))), engine.capacity_what_if(0.5)
+        )
+        assert all(report.total.steps >= 1 for report in reports)
+        assert (what_if.capacity_factor, what_if.total_overflow) == (0.5, ((3, 0),))
+        assert len(await tokens_of(stream)) == 19
+        await until(lambda: engine.num_inflight == 0)
+        assert await engine.reset_experts() == make_report(20)
+        assert await engine.expert_report() == make_report(0)
+
+
+@in_loop
+async def test_questions_without_a_record_are_refused() -> None:
+    async with running() as engine:
+        for question in (engine.expert_report(), engine.capacity_what_if(1.0), engine.reset_experts()):
+            with pytest.raises(InvalidRequestError, match="does not record routing"):
+                await question
+        with pytest.raises(InvalidRequestError) as caught:
+            engine.submit(replace(make_request("a"), trace_routing=True))
+        assert caught.value.param == "routing"
+        assert engine.healthy
+
+
+@in_loop
+async def test_a_question_that_nobody_waits_for_any_more_harms_nothing() -> None:
+    async with running(Script(step_seconds=0.2), record_routing=True) as engine:
+        stream = engine.submit(make_request("a", max_tokens=3))
+        await anext(stream)
+        await asyncio.sleep(0.1)  # the engine is in its second step and will answer after it
+        question = asyncio.create_task(engine.expert_report())
+        await asyncio.sleep(0)
+        question.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await question
+        assert len(await tokens_of(stream)) == 2
+        assert (await engine.expert_report()).total.steps == 3
+        assert engine.healthy

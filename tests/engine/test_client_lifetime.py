@@ -48,6 +48,23 @@ async def test_a_death_in_a_step_fails_everything(script: Script, expected: str)
 
 
 @in_loop
+async def test_a_death_fails_open_questions() -> None:
+    async with running(Script(sleep_at=1), record_routing=True) as engine:
+        stream = engine.submit(make_request("a"))
+        await asyncio.sleep(0.2)  # the step that has no end has begun
+        questions = [asyncio.create_task(question) for question in (engine.expert_report(), engine.reset_experts())]
+        await asyncio.sleep(0.1)
+        assert not any(question.done() for question in questions)
+        os.kill(engine.info.pid, signal.SIGKILL)
+        await fails_with_dead(stream)
+        for result in await asyncio.wait_for(asyncio.gather(*questions, return_exceptions=True), LOST_SECONDS):
+            assert isinstance(result, EngineDeadError)
+            assert str(result) == "the engine process was killed by SIGKILL"
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            await engine.expert_report()
+
+
+@in_loop
 async def test_kill_while_idle_and_while_computing() -> None:
     for busy in (False, True):
         async with running(Script(sleep_at=1) if busy else Script()) as engine:

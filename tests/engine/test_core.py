@@ -11,11 +11,14 @@ import pytest
 import torch
 
 import engine.batch as batches
-from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.executor import Executor, OutOfDeviceMemoryError, StepResult
+from engine.executor import Executor, OutOfDeviceMemoryError
+from engine.result import StepResult
+from engine.routing.record import RoutingRecord
+from engine.routing.steering import SteeringTable
 from engine.scheduler import StepPlan
-from engine.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from engine.types import FinishReason, Request, SamplingParams, Steering, TokenEvent, TokenLogprobs
+from tests.engine.cores import make_core
 from tests.tiny import write_tiny_mixtral
 
 VOCAB = 97
@@ -27,20 +30,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_mixtral(folder, vocab_size=VOCAB, num_experts=5, num_heads=6, max_position_embeddings=8192, seed=3)
     return folder
-
-
-def make_core(checkpoint: Path, *, num_blocks: int = 512, **options: object) -> EngineCore:
-    """A float32 core with exactly `num_blocks` blocks of 4 tokens."""
-    bytes_per_token = 2 * 2 * 2 * 8 * 4  # keys and values, 2 layers, 2 kv heads, head_dim 8, float32
-    config = EngineConfig(
-        model=str(checkpoint),
-        device="cpu",
-        dtype="float32",
-        block_size=4,
-        max_model_len=num_blocks * 4,
-        kv_cache_memory_bytes=num_blocks * 4 * bytes_per_token,
-    )
-    return EngineCore.build(replace(config, **options))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -150,8 +139,8 @@ def test_batching_changes_nothing(checkpoint: Path, seed: int) -> None:
 def test_the_batching_test_sees_a_broken_block_table(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = batches.build
 
-    def swapped(plan: StepPlan, *, block_size: int, device: torch.device) -> batches.Batch:
-        batch = build(plan, block_size=block_size, device=device)
+    def swapped(plan: StepPlan, *, block_size: int, steering: SteeringTable, device: torch.device) -> batches.Batch:
+        batch = build(plan, block_size=block_size, steering=steering, device=device)
         if batch.block_tables.shape[1] > 2:
             batch.block_tables[:, [0, 1]] = batch.block_tables[:, [1, 0]]
         return batch
@@ -193,8 +182,8 @@ def test_a_salt_and_a_steering_digest_keep_a_prefix_apart(checkpoint: Path) -> N
         {},
         {"cache_salt": "a"},
         {"cache_salt": "b"},
-        {"steering_digest": b"a"},
-        {"cache_salt": "a", "steering_digest": b"a"},
+        {"steering": Steering(min_p=0.5)},
+        {"cache_salt": "a", "steering": Steering(min_p=0.5)},
     ]
     for index, variant in enumerate(variants):
         request = replace(greedy(f"first{index}", ids, 1), **variant)  # type: ignore[arg-type]
@@ -300,6 +289,9 @@ class FailingExecutor:
 
     def peak_memory_bytes(self) -> int:
         return 1
+
+    def routing_record(self) -> RoutingRecord | None:
+        return self.inner.routing_record()
 
 
 def test_out_of_memory_fails_one_batch_and_spoils_no_cache(checkpoint: Path) -> None:

@@ -13,36 +13,14 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import ConfigurationError, ContextLengthError, EngineError, InvalidRequestError, RequestFailedError
 from engine.llm import LLM
-from engine.types import EngineInfo, FinishReason, MemoryUse, Request, SamplingParams, TokenEvent, TokenLogprobs
+from engine.types import EngineInfo, FinishReason, Request, SamplingParams, Steering, TokenEvent, TokenLogprobs
+from tests.engine.infos import engine_info
 from tests.engine.text.checkpoints import CHATML, byte_level, sentencepiece
 from tests.tiny import write_tiny_mixtral
 from weights.errors import CheckpointError
 
 VOCAB = 300
-INFO = EngineInfo(
-    model="tiny",
-    model_type="mixtral",
-    device="cpu",
-    dtype="float32",
-    backend="torch",
-    vocab_size=VOCAB,
-    num_layers=2,
-    num_experts=4,
-    num_experts_per_tok=2,
-    max_model_len=64,
-    max_num_seqs=8,
-    max_num_batched_tokens=64,
-    block_size=4,
-    num_blocks=64,
-    enable_prefix_caching=True,
-    eos_token_ids=(),
-    total_params=0,
-    active_params=0,
-    load_seconds=0.0,
-    load_bytes=0,
-    memory=MemoryUse(),
-    pid=1,
-)
+INFO = engine_info(vocab_size=VOCAB, record_routing=False)
 
 
 @dataclass
@@ -342,6 +320,29 @@ def test_a_stop_string_frees_the_real_cores_blocks(real: LLM) -> None:
     stats = real.core.stats()
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.num_free_blocks == stats.num_blocks
+
+
+def test_steering_and_the_record(real: LLM, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    with pytest.raises(ConfigurationError, match="record_routing=True"):
+        real.routing()
+    folder = Path(real.info.model)
+    llm = LLM(
+        str(folder), device="cpu", dtype="float32", block_size=4, kv_cache_memory_bytes=1 << 20, record_routing=True
+    )
+    only_one = Steering(experts_per_token=1, forbidden=((0, (0, 1, 2)),))
+    llm.generate([[5, 6, 7]], params(max_tokens=3, ignore_eos=True), steering=only_one)
+    total = llm.routing().total
+    assert total.tokens == 5
+    assert total.assigned[0].tolist() == [0, 0, 0, 5]
+    assert total.assigned[1].sum() == 5
+    llm.chat([[{"role": "user", "content": "hi"}]], params(max_tokens=1), steering=only_one)
+    assert llm.routing().total.assigned[0].tolist() == [0, 0, 0, int(llm.routing().total.tokens)]
+    with pytest.raises(InvalidRequestError) as caught:
+        llm.generate([[1]], params(), steering=Steering(experts_per_token=5))
+    assert caught.value.param == "experts_per_token"
+    scripted, core = make(monkeypatch, checkpoint, "a", "b")
+    scripted.generate(["x", "y"], params(max_tokens=1), steering=only_one)
+    assert [request.steering for request in core.requests] == [only_one] * 2
 
 
 def test_a_real_chat(real: LLM) -> None:

@@ -17,6 +17,8 @@ from engine.backends.torch import TorchBackend
 from engine.errors import ConfigurationError
 from engine.models.registry import build_model
 from engine.plan import parse_memory, plan_model
+from engine.routing.steering import SteeringTable
+from engine.routing.topk_softmax import TopKSoftmax
 from engine.runner import Runner
 from engine.scheduler import Chunk, StepPlan
 from engine.sequence import Sequence
@@ -129,7 +131,7 @@ def measured_peak(config: ModelConfig, dtype: torch.dtype, *, tokens: int, seqs:
     """Bytes that a step's tensors take at most: `seqs` sequences, the first at the end of `context` tokens."""
     backend = TorchBackend(param_specs(config), device=torch.device("cpu"), dtype=dtype)
     dummy.load(config, backend, device="cpu", dtype=dtype, seed=0)
-    model = build_model(config, backend)
+    model = build_model(config, backend, TopKSoftmax(config.num_experts, renormalize=True))
     num_blocks = -(-context // 16)
     cache = backend.new_kv_cache(config.num_layers, num_blocks + seqs, 16, model.attention_shape)
     params = SamplingParams(top_p=0.9, repetition_penalty=1.1, seed=1)
@@ -140,7 +142,8 @@ def measured_peak(config: ModelConfig, dtype: torch.dtype, *, tokens: int, seqs:
         sequence = Sequence(request, arrival=index, seed=index)
         sequence.block_table = list(range(num_blocks)) if index == 0 else [num_blocks + index]
         chunks.append(Chunk(sequence, length - computed, computed))
-    runner = Runner(model, cache, eos_token_ids=frozenset())
+    table = SteeringTable.for_model(config, num_slots=seqs + 1, device=torch.device("cpu"))
+    runner = Runner(model, cache, table, eos_token_ids=frozenset())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         runner.run(StepPlan(tuple(chunks)))
     profiler.export_chrome_trace(str(trace))

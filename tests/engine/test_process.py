@@ -19,7 +19,7 @@ import pytest
 
 from engine import wire
 from engine.process import Outbox
-from tests.engine.fake_core import CORE, Script, config_for, make_request
+from tests.engine.fake_core import CORE, Script, config_for, make_report, make_request
 
 ROOT = Path(__file__).parents[2]
 DECODER: msgspec.msgpack.Decoder[wire.FromEngine] = msgspec.msgpack.Decoder(wire.FromEngine)
@@ -128,6 +128,29 @@ def test_aborts_are_confirmed_also_of_unknown_ids_and_without_work(start: Callab
         outputs.append(client.output())
     assert [request_id for output in outputs for request_id in output.aborted] == ["a", "b"]
     assert outputs[-1].stats.num_running == 0
+
+
+def test_questions_are_answered_between_steps_and_without_work(start: Callable[..., RawClient]) -> None:
+    client = start()
+    client.load(Script(step_seconds=0.05))
+    client.send(wire.AskExperts(1))
+    assert client.receive() == wire.Answer(1, report=make_report(0))
+    assert client.output().events == []
+    client.send(wire.Add(make_request("a", max_tokens=None)))
+    assert client.tokens_of("a", 3) == [1, 2, 3]
+    client.send(wire.AskWhatIf(2, 1.25), wire.ResetExperts(3), wire.AskExperts(4))
+    answers: list[wire.Answer] = []
+    while len(answers) < 3:
+        message = client.receive()
+        if isinstance(message, wire.Answer):
+            answers.append(message)
+    what_if, reset, report = answers
+    assert what_if.what_if is not None
+    assert (what_if.ask_id, what_if.what_if.capacity_factor, what_if.report) == (2, 1.25, None)
+    assert what_if.what_if.window_steps >= 3
+    assert reset == wire.Answer(3, report=make_report(what_if.what_if.window_steps)), "what it was until then"
+    assert report == wire.Answer(4, report=make_report(0))
+    assert len(client.tokens_of("a", 2)) == 2, "the request goes on"
 
 
 def test_idle_costs_no_processor_time(start: Callable[..., RawClient]) -> None:

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.core import EngineCore
 from engine.scheduler import StepPlan
 from engine.sequence import Sequence, Status
-from engine.types import FinishReason, Request, SamplingParams, TokenEvent
+from engine.types import FinishReason, Request, SamplingParams, Steering, TokenEvent
 from tests.engine.cache_executor import VOCAB_SIZE, CacheExecutor, expected_answer, make_core, score
 
 TEXT = (0, 1, 2, 0, 0, 1, 1, 2, 2, 0, 2, 1, 0, 1, 2, 2, 1, 0, 0, 2)
@@ -51,7 +51,7 @@ class Engine(RuleBasedStateMachine):
         max_tokens=st.one_of(st.none(), st.integers(0, 12)),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         salt=st.sampled_from([None, None, "s"]),
-        digest=st.sampled_from([b"", b"", b"d"]),
+        steering=st.sampled_from([None, None, Steering(experts_per_token=1)]),
         scored=st.sampled_from([False, False, True]),
         stop=st.sampled_from([(), (), (2,)]),
     )
@@ -62,7 +62,7 @@ class Engine(RuleBasedStateMachine):
         max_tokens: int | None,
         priority: int,
         salt: str | None,
-        digest: bytes,
+        steering: Steering | None,
         scored: bool,
         stop: tuple[int, ...],
     ) -> None:
@@ -79,7 +79,7 @@ class Engine(RuleBasedStateMachine):
             ),
             priority=priority,
             cache_salt=salt,
-            steering_digest=digest,
+            steering=steering,
         )
         self.num_added += 1
         self.live[request.request_id] = request

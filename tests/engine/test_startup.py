@@ -57,6 +57,10 @@ BAD_OPTIONS: list[dict[str, Any]] = [
     {"dtype": "int8"},
     {"dtype": ""},
     {"backend": "triton"},
+    {"router": "hash"},
+    {"capacity_factor": 0.0},
+    {"capacity_factor": float("nan")},
+    {"routing_simulation": "random"},
 ]
 
 
@@ -142,6 +146,12 @@ def test_what_a_started_engine_says_of_itself(checkpoint: Path) -> None:
         "block_size": 5,
         "num_blocks": (1 << 20) // block_bytes,
         "enable_prefix_caching": True,
+        "router": "topk_softmax",
+        "capacity_factor": None,
+        "routing_simulation": None,
+        "record_routing": False,
+        "max_experts_per_tok": 4,
+        "expert_params": 2 * 3 * 32 * 48,
         "eos_token_ids": (7, 9),
         "total_params": params,
         "active_params": params - 2 * 2 * 3 * 32 * 48,  # 2 layers, 2 of 4 experts rest, w1, w2 and w3
@@ -158,6 +168,54 @@ def test_what_a_started_engine_says_of_itself(checkpoint: Path) -> None:
     assert (cache.num_blocks, cache.block_size) == (info.num_blocks, 5)
     assert info.memory.activations > 0
     assert info.load_seconds >= 0
+
+
+@pytest.mark.parametrize(
+    ("options", "cached"),
+    [
+        ({}, True),
+        ({"enable_prefix_caching": False}, False),
+        ({"capacity_factor": 1.25}, False),
+        ({"router": "switch"}, True),
+        ({"router": "switch", "capacity_factor": 8.0}, False),
+        ({"router": "gshard"}, False),
+        ({"router": "noisy_topk"}, False),
+        ({"router": "topk_softmax"}, True),
+        ({"routing_simulation": "even"}, False),  # whose turn it is depends on the place in the batch
+        ({"routing_simulation": "zipf"}, False),
+    ],
+    ids=str,
+)
+def test_blocks_that_depend_on_others_or_on_chance_are_not_shared(
+    checkpoint: Path, options: dict[str, Any], cached: bool
+) -> None:
+    _, info = start(make_config(checkpoint, **options))
+    assert info.enable_prefix_caching == cached
+    assert info.router == options.get("routing_simulation", options.get("router", "topk_softmax"))
+    assert info.capacity_factor == options.get("capacity_factor")
+
+
+@pytest.mark.parametrize(
+    ("config", "cached"),
+    [
+        ({"router_type": "gshard"}, False),
+        ({"router_type": "switch", "capacity_factor": 1.0}, False),
+        ({"router_type": "switch"}, True),
+        ({"router_type": "noisy_topk"}, True),  # trained with noise, served without
+    ],
+    ids=str,
+)
+def test_the_checkpoint_chooses_its_router(tmp_path: Path, config: dict[str, Any], cached: bool) -> None:
+    write_tiny_mixtral(tmp_path, **config)
+    _, info = start(make_config(tmp_path, record_routing=True))
+    assert (info.router, info.capacity_factor) == (config["router_type"], config.get("capacity_factor"))
+    most = {"switch": 1, "gshard": 2, "noisy_topk": 4}[info.router]
+    assert (info.max_experts_per_tok, info.num_experts_per_tok) == (most, min(most, 2))
+    assert info.enable_prefix_caching == cached
+    experts = 2 * 3 * 32 * 48
+    assert info.expert_params == experts
+    assert info.total_params - info.active_params == (4 - info.num_experts_per_tok) * experts
+    assert info.record_routing
 
 
 def test_dummy_weights_need_a_configuration_only(checkpoint: Path, tmp_path: Path) -> None:

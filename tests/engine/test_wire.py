@@ -12,7 +12,21 @@ from hypothesis import strategies as st
 
 from engine import wire
 from engine.config import EngineConfig
-from engine.types import EngineStats, FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from engine.types import (
+    CapacityWhatIf,
+    EngineStats,
+    ExpertReport,
+    ExpertVisits,
+    FinishReason,
+    LayerRouting,
+    Request,
+    RoutingStats,
+    SamplingParams,
+    Steering,
+    TokenEvent,
+    TokenLogprobs,
+    TokenRouting,
+)
 from tests.engine.fake_core import make_info, make_request
 
 INTS = st.integers(-(2**63), 2**63 - 1)
@@ -33,6 +47,52 @@ PARAMS = st.builds(
     stop_token_ids=st.lists(IDS, max_size=3).map(tuple),
     ignore_eos=st.booleans(),
 )
+EXPERT_IDS = st.lists(IDS, max_size=3).map(tuple)
+SHARES = st.lists(FLOATS, max_size=3).map(tuple)
+STEERINGS = st.builds(
+    Steering,
+    experts_per_token=OPTIONAL_INT,
+    forbidden=st.lists(st.tuples(OPTIONAL_INT, EXPERT_IDS), max_size=3).map(tuple),
+    min_p=FLOATS,
+)
+ROUTINGS = st.builds(
+    TokenRouting, st.lists(EXPERT_IDS, max_size=2).map(tuple), st.lists(SHARES, max_size=2).map(tuple), SHARES
+)
+LAYER = LayerRouting(
+    assigned=(3, 0, 2**40),
+    dispatched=(3, 0, 7),
+    dropped=2**40 - 7,
+    max_over_mean=1.5,
+    coefficient_of_variation=0.25,
+    entropy=1.0,
+    entropy_share=0.72,
+    auxiliary_loss=1.01,
+    mean_probability=(0.5, 0.25, 0.25),
+    effective_batch=2.5,
+    distinct_experts=1.75,
+)
+STATS_OF_EXPERTS = RoutingStats(tokens=4, steps=2, pooled_auxiliary_loss=2.25, layers=(LAYER, LAYER))
+REPORTS = st.builds(
+    ExpertReport,
+    router=TEXT,
+    num_experts=st.just(3),
+    num_experts_per_tok=st.just(2),
+    capacity_factor=st.none() | FLOATS,
+    simulation=st.none() | TEXT,
+    window=st.just(STATS_OF_EXPERTS),
+    total=st.just(STATS_OF_EXPERTS),
+    recomputed_tokens=IDS,
+)
+WHAT_IFS = st.builds(
+    CapacityWhatIf,
+    capacity_factor=FLOATS,
+    window_steps=IDS,
+    window_assigned=IDS,
+    window_overflow=st.lists(EXPERT_IDS, max_size=2).map(tuple),
+    total_capacity_factor=FLOATS,
+    total_assigned=IDS,
+    total_overflow=st.lists(EXPERT_IDS, max_size=2).map(tuple),
+)
 REQUESTS = st.builds(
     Request,
     request_id=TEXT,
@@ -40,6 +100,9 @@ REQUESTS = st.builds(
     params=PARAMS,
     priority=INTS,
     cache_salt=st.none() | TEXT,
+    steering=st.none() | STEERINGS,
+    trace_routing=st.booleans(),
+    trace_prompt_routing=st.booleans(),
 )
 EVENTS = st.builds(
     TokenEvent,
@@ -47,6 +110,9 @@ EVENTS = st.builds(
     token_ids=st.lists(IDS, max_size=3).map(tuple),
     logprobs=st.none() | st.lists(LOGPROBS, max_size=3).map(tuple),
     prompt_logprobs=st.none() | st.lists(LOGPROBS, max_size=3).map(tuple),
+    routing=st.none() | st.lists(ROUTINGS, max_size=2).map(tuple),
+    prompt_routing=st.none() | st.lists(ROUTINGS, max_size=2).map(tuple),
+    expert_visits=st.none() | st.builds(ExpertVisits, IDS, IDS),
     finish_reason=st.none() | st.sampled_from(FinishReason),
     stop_reason=st.none() | IDS,
     error=st.none() | TEXT,
@@ -57,12 +123,16 @@ TO_ENGINE = st.one_of(
     st.builds(wire.Start, st.builds(EngineConfig, model=TEXT, max_model_len=st.none() | IDS), st.booleans()),
     st.builds(wire.Add, REQUESTS),
     st.builds(wire.Abort, TEXT),
+    st.builds(wire.AskExperts, IDS),
+    st.builds(wire.AskWhatIf, IDS, FLOATS),
+    st.builds(wire.ResetExperts, IDS),
     st.just(wire.Shutdown()),
 )
 FROM_ENGINE = st.one_of(
     st.builds(wire.Hello, INTS),
     st.just(wire.Ready(make_info())),
     st.builds(wire.StepOutput, st.lists(EVENTS, max_size=4), st.lists(TEXT, max_size=3), STATS),
+    st.builds(wire.Answer, IDS, report=st.none() | REPORTS, what_if=st.none() | WHAT_IFS),
     st.builds(wire.Heartbeat, st.floats(0, 1e6)),
     st.builds(wire.Failed, st.sampled_from(wire.FailureKind), TEXT),
 )
@@ -107,6 +177,19 @@ def test_round_trip_from_the_engine(messages: list[wire.FromEngine]) -> None:
     received = sent_from_engine(*map(wire.encode, messages))
     assert received == [*messages, None]
     assert [type(message) for message in received[:-1]] == [type(message) for message in messages]
+
+
+def test_steering_that_crossed_the_wire_is_the_same_way_of_steering() -> None:
+    """It is looked up by value, and its digest is part of a cache key: an int for a min-p becomes a float."""
+    steering = Steering(experts_per_token=3, forbidden=((None, (1,)), (0, (2, 3))), min_p=1)
+    request = Request(request_id="a", prompt_ids=(1,), params=SamplingParams(), steering=steering)
+    [message, _] = sent_to_engine(wire.encode(wire.Add(request)))
+    assert isinstance(message, wire.Add)
+    received = message.request.steering
+    assert received is not None
+    assert received == steering
+    assert hash(received) == hash(steering)
+    assert received.digest() == Steering(experts_per_token=3, forbidden=((None, (1,)), (0, (2, 3))), min_p=1.0).digest()
 
 
 def test_types_survive() -> None:

@@ -38,6 +38,7 @@ def server(module_server: Live, tokenizer: Tokenizer) -> Live:
         engine.step_seconds, engine.fail_at, engine.num_cached_tokens, engine.silent = 0.0, None, 0, False
         engine.requests.clear()
         engine.aborted.clear()
+        engine.routed.clear()
 
     module_server.call(reset)
     return module_server

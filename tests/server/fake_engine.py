@@ -6,9 +6,22 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from engine.errors import EngineDeadError, EngineOverloadedError, RequestFailedError
-from engine.types import EngineInfo, EngineStats, FinishReason, MemoryUse, Request, TokenEvent, TokenLogprobs
+from engine.errors import EngineDeadError, EngineOverloadedError, InvalidRequestError, RequestFailedError
+from engine.types import (
+    CapacityWhatIf,
+    EngineInfo,
+    EngineStats,
+    ExpertReport,
+    ExpertVisits,
+    FinishReason,
+    MemoryUse,
+    Request,
+    TokenEvent,
+    TokenLogprobs,
+    TokenRouting,
+)
 from engine.validate import check_request
+from tests.server.fake_routing import fake_report, fake_routing, fake_what_if, top_k_of
 
 VOCAB_SIZE = 32000
 EOS = 2
@@ -33,6 +46,12 @@ def fake_info(*, max_model_len: int = 256, max_num_seqs: int = 8, num_blocks: in
         block_size=16,
         num_blocks=num_blocks,
         enable_prefix_caching=True,
+        router="topk_softmax",
+        capacity_factor=None,
+        routing_simulation=None,
+        record_routing=True,
+        max_experts_per_tok=8,
+        expert_params=100_000,
         eos_token_ids=(EOS,),
         total_params=3_000_000,
         active_params=1_000_000,
@@ -51,14 +70,15 @@ class _Live:
     tokens: list[int]
     events: asyncio.Queue[TokenEvent | Exception] = field(default_factory=asyncio.Queue)
     num_output: int = 0
+    num_rows: int = 0
 
 
 class FakeEngine:
     """Runs up to `info.max_num_seqs` requests at once, each with a token a step from `script(request)`, then the end of
     sequence; a request over `max_waiting` in the queue is refused.
 
-    `step_seconds` paces it; `paused` stops it; `fail_at` makes every request fail instead of its token of that number.
-    Made inside an event loop and used there.
+    `step_seconds` paces it; `pause` stops it, answers about routing too; `fail_at` makes every request fail instead of
+    its token of that number. Made inside an event loop and used there.
     """
 
     def __init__(
@@ -81,6 +101,7 @@ class FakeEngine:
         self.silent = False
         self.requests: list[Request] = []
         self.aborted: list[str] = []
+        self.routed: list[TokenRouting] = []
         self._running: list[_Live] = []
         self._waiting: list[_Live] = []
         self._resumed = asyncio.Event()
@@ -139,6 +160,27 @@ class FakeEngine:
                     self.aborted.append(request_id)
                     live.events.put_nowait(TokenEvent(request_id=request_id, finish_reason=FinishReason.ABORT))
 
+    async def expert_report(self) -> ExpertReport:
+        await self._answer()
+        return fake_report(self.routed, self.info)
+
+    async def capacity_what_if(self, capacity_factor: float) -> CapacityWhatIf:
+        await self._answer()
+        return fake_what_if(capacity_factor, self.info)
+
+    async def reset_experts(self) -> ExpertReport:
+        await self._answer()
+        report = fake_report(self.routed, self.info)
+        self.routed.clear()
+        return report
+
+    async def _answer(self) -> None:
+        if self.error is not None:
+            raise EngineDeadError(self.error)
+        if not self.info.record_routing:
+            raise InvalidRequestError("this server does not record routing (--no-record-routing)")
+        await self._resumed.wait()
+
     def die(self, reason: str) -> None:
         self.error = reason
         for live in self._running + self._waiting:
@@ -169,14 +211,23 @@ class FakeEngine:
             self._running.remove(live)
             live.events.put_nowait(RequestFailedError("secret detail of the inside"))
             return
-        prompt_logprobs = None
+        prompt_logprobs = prompt_routing = routing = None
+        top_k = top_k_of(request, self.info)
+        rows: list[TokenRouting] = []
         if live.num_output == 0:
+            rows = [fake_routing(token, self.info, top_k) for token in request.prompt_ids]
+            prompt_routing = tuple(rows) if request.trace_prompt_routing else None
             self._prompt_tokens += len(request.prompt_ids)
             if params.prompt_logprobs is not None:
                 prompt_logprobs = tuple(score(token, params.prompt_logprobs) for token in request.prompt_ids[1:])
         token_ids: tuple[int, ...] = ()
         if params.max_tokens != 0:
             token_ids = (live.tokens[live.num_output] if live.num_output < len(live.tokens) else EOS,)
+        if request.trace_routing:
+            routing = tuple(fake_routing(token, self.info, top_k) for token in token_ids)
+        rows += [fake_routing(token, self.info, top_k) for token in token_ids]
+        self.routed += rows
+        live.num_rows += len(rows)
         live.num_output += len(token_ids)
         self._generation_tokens += len(token_ids)
         event = TokenEvent(
@@ -185,12 +236,20 @@ class FakeEngine:
             logprobs=None if params.logprobs is None else tuple(score(token, params.logprobs) for token in token_ids),
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self.num_cached_tokens,
+            routing=routing,
+            prompt_routing=prompt_routing,
+            expert_visits=self._visits(live, top_k),
             finish_reason=self._end(live, token_ids),
             stop_reason=next((token for token in token_ids if token in params.stop_token_ids), None),
         )
         if event.finish_reason is not None:
             self._running.remove(live)
         live.events.put_nowait(event)
+
+    def _visits(self, live: _Live, top_k: int) -> ExpertVisits | None:
+        if live.request.steering is None or not self.info.record_routing:
+            return None
+        return ExpertVisits(live.num_rows * top_k * self.info.num_layers, live.num_rows)
 
     def _end(self, live: _Live, token_ids: tuple[int, ...]) -> FinishReason | None:
         params = live.request.params

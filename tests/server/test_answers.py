@@ -6,7 +6,7 @@ from server.answers import Answer, best_of
 
 
 def answer(index: int, mean: float) -> Answer:
-    return Answer(index=index, text=str(index), tokens=(), finish_reason="stop", mean_logprob=mean)
+    return Answer(index=index, text=str(index), tokens=(), finish_reason="stop", mean_logprob=mean, routing={})
 
 
 def test_the_likeliest_of_each_prompt_in_order() -> None:

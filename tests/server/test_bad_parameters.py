@@ -45,11 +45,16 @@ BOTH: dict[str, list[Any]] = {
     "response_format": [{"type": "json_object"}, {"type": "json_schema"}, {"type": "other"}, "text", {}, True],
     "structured_outputs": [{"regex": "a"}, {}],
     "chat_template": ["{{ 1 }}"],
-    "routing": [True],
-    "routing_prompt": [True],
-    "experts_per_token": [1],
-    "expert_min_p": [0.1],
-    "expert_mask": [[1]],
+    "routing": [1, "true", []],
+    "routing_prompt": [1, "true", {}],
+    "experts_per_token": [0, -1, 9, 2**31, 2**70, 1.0, "1", True, [1]],
+    "expert_min_p": [-0.1, 1.1, "0", True, [0.1]],
+    "expert_mask": [
+        list(range(8)), {"1": list(range(8))}, [8], [-1], [2**31], [2**70], ["1"], [1.0], [True], [None], [[1]], 1, "1",
+        True, {"2": [1]}, {"-1": [1]}, {"x": [1]}, {"": [1]}, {"00": [1]}, {"1.0": [1]}, {"٣": [1]}, {"9" * 30: [1]},
+        {"0": 1}, {"0": [8]}, {"0": ["1"]}, {"0": None}, {"0": {"1": [1]}}, [0] * 1025,
+        {str(layer): [] for layer in range(1025)},
+    ],
     "suffix": ["x"],
 }  # fmt: skip
 COMPLETIONS: dict[str, list[Any]] = {

@@ -58,6 +58,15 @@ def test_bodies_that_are_no_request(live: Live, path: str, name: str) -> None:
     assert error_of(response, 400)["code"] is None
 
 
+@pytest.mark.parametrize("value", [b"NaN", b"-Infinity", b"1e400", b"[1, NaN]"])
+@pytest.mark.parametrize("name", ["temperature", "expert_min_p", "expert_mask", "experts_per_token"])
+def test_a_number_that_is_not_finite_is_named(live: Live, name: str, value: bytes) -> None:
+    body = b'{"prompt": "Hi", "' + name.encode() + b'": ' + value + b"}"
+    error = error_of(live.client.post("/v1/completions", content=body, headers=JSON), 400)
+    assert error["param"] == name
+    assert name in error["message"]
+
+
 @pytest.mark.parametrize("body", [b'{"prompt": "\\ud83c\\udf89"}', b'{"prompt": "a\\u0000b"}', b'{"prompt": "1e400"}'])
 def test_bodies_that_only_look_bad(live: Live, body: bytes) -> None:
     response = live.client.post("/v1/completions", content=body, headers=JSON)

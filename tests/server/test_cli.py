@@ -94,6 +94,12 @@ def parse(*argv: str) -> EngineConfig:
         ["serve", "--shutdown-timeout", "inf"],
         ["serve", "--chat-template", "/no/such/file"],
         ["serve", "--seed", "-1"],
+        ["serve", "--router", "random"],
+        ["serve", "--capacity-factor", "0"],
+        ["serve", "--capacity-factor", "nan"],
+        ["serve", "--capacity-factor", "inf"],
+        ["serve", "--routing-simulation", "odd"],
+        ["serve", "--record-routing=no"],
         ["plan"],
         ["plan", "m", "--memory", "lots"],
         ["plan", "m", "--kv-cache-dtype", "fp8"],
@@ -277,19 +283,28 @@ def test_upcycle_reports_what_it_got(
 
 
 def test_engine_options() -> None:
-    assert parse() == EngineConfig(model="/checkpoint")
-    assert parse("m", "--revision", "main") == EngineConfig(model="/checkpoint"), "a resolved path has no revision"
+    assert parse() == EngineConfig(model="/checkpoint", record_routing=True), "a server records"
+    assert parse("m", "--revision", "main") == parse(), "a resolved path has no revision"
     config = parse(
         *("--device", "cpu", "--dtype", "float32", "--backend", "reference", "--load-format", "dummy"),
         *("--max-model-len", "512", "--max-num-seqs", "7", "--max-num-batched-tokens", "99", "--block-size", "8"),
         *("--max-num-queued-requests", "0", "--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", "512MiB"),
-        *("--no-enable-prefix-caching", "--seed", "3"),
+        *("--no-enable-prefix-caching", "--seed", "3", "--router", "gshard", "--capacity-factor", "1.25"),
+        *("--routing-simulation", "zipf", "--no-record-routing"),
     )
     assert config == EngineConfig(
         model="/checkpoint", device="cpu", dtype="float32", backend="reference", load_format="dummy", max_model_len=512,
         max_num_seqs=7, max_num_batched_tokens=99, block_size=8, max_num_queued_requests=0, gpu_memory_utilization=0.5,
         kv_cache_memory_bytes=512 * 2**20, enable_prefix_caching=False, seed=3,
+        router="gshard", capacity_factor=1.25, routing_simulation="zipf", record_routing=False,
     )  # fmt: skip
+
+
+def test_every_simulation_of_the_engine_is_a_choice() -> None:
+    from engine.routing.simulated import SIMULATIONS
+
+    for simulation in SIMULATIONS:
+        assert parse("--routing-simulation", simulation).routing_simulation == simulation
 
 
 @pytest.mark.parametrize(("text", "size"), [("4GiB", 2**32), ("2GB", 2 * 10**9), ("512MiB", 2**29), ("1000", 1000)])
@@ -313,4 +328,4 @@ def test_only_the_command_line_reads_the_environment() -> None:
         for path in (ROOT / package).rglob("*.py")
         if re.search(r"os\.environ|getenv", path.read_text())
     ]
-    assert set(readers) <= {"server/cli.py", "engine/client.py"}, "the client only hands the environment on"
+    assert set(readers) <= {"server/cli.py", "engine/child.py"}, "the engine's child only hands the environment on"

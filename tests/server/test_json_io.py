@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.json_io import dump, parse
+from server.json_io import NotFiniteError, dump, parse
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -38,8 +38,33 @@ def test_what_only_looks_like_an_overflow(body: bytes) -> None:
 
 @pytest.mark.parametrize("body", [b"1e309", b"-1e309", b'{"a":[{"b":1E+400}]}', b"9" * 400 + b".5", b"[1e99999999999]"])
 def test_overflows(body: bytes) -> None:
-    with pytest.raises(ValueError, match="range"):
+    with pytest.raises(NotFiniteError, match="range"):
         parse(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"a": 1, "b": NaN}', "b"),
+        (b'{"a": "NaN", "b": {"c": [1, -Infinity]}}', "b"),
+        (b'{"a": 1e999, "b": NaN}', "a"),
+        (b"[NaN]", None),
+        (b"Infinity", None),
+        (b'{"": NaN}', None),
+        (b'{"two words": NaN}', None),
+        (b'{"a\\nb": NaN}', None),
+        (b'{"' + b"a" * 65 + b'": NaN}', None),
+    ],
+)
+def test_what_is_no_number_has_a_place(body: bytes, field: str | None) -> None:
+    with pytest.raises(NotFiniteError) as error:
+        parse(body)
+    assert error.value.field == field
+
+
+@pytest.mark.parametrize("body", [b'"NaN"', b'{"Infinity": "-Infinity"}', b'["NaN", 1e300]'])
+def test_words_that_are_no_numbers(body: bytes) -> None:
+    assert parse(body) == json.loads(body)
 
 
 def test_large_bodies_are_quick() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ def test_it_says_what_was_loaded_and_where_memory_went() -> None:
         "loaded 6.00 GB in 2.0 s (3.00 GB/s)",
         "expert 5.00 GB",
         "KV cache  1.07 GB: 16,000 tokens in blocks of 16, prefix caching on",
+        "routing   topk_softmax, recorded\n",
         "up to 8 sequences of 256 tokens",
         "6.07 GB of 68.72 GB",
         "http://127.0.0.1:8000",
@@ -31,6 +33,36 @@ def test_it_says_what_was_loaded_and_where_memory_went() -> None:
 def test_nothing_to_load_takes_no_time() -> None:
     info = replace(fake_info(), load_seconds=0.0, load_bytes=0)
     assert "(0.00 GB/s)" in summary(info, model_name="m", url="http://x", chat=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"record_routing": False}, "topk_softmax, not recorded"),
+        ({"router": "switch"}, "switch, recorded"),
+        (
+            {"router": "switch", "capacity_factor": 1.25, "enable_prefix_caching": False},
+            "switch, capacity factor 1.25, recorded; no prefix caching with a capacity or random draws",
+        ),
+        (
+            {"router": "gshard", "enable_prefix_caching": False},
+            "gshard, recorded; no prefix caching with a capacity or random draws",
+        ),
+        ({"enable_prefix_caching": False}, "topk_softmax, recorded"),  # the operator's own wish
+    ],
+)
+def test_it_says_how_it_routes(fields: dict[str, Any], line: str) -> None:
+    text = summary(replace(fake_info(), **fields), model_name="m", url="http://x", chat=True)
+    assert f"  routing   {line}\n" in text
+    assert "SIMULATED" not in text
+
+
+def test_simulated_routing_is_not_to_be_overlooked() -> None:
+    info = replace(fake_info(), router="even", routing_simulation="even")
+    text = summary(info, model_name="m", url="http://x", chat=True)
+    assert "  routing   simulated (even), recorded\n" in text
+    assert "!!! ROUTING IS SIMULATED (even)" in text
+    assert "answers mean nothing" in text
 
 
 @pytest.mark.parametrize(("chat", "path"), [(True, "/v1/chat/completions"), (False, "/v1/completions")])

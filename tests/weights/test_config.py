@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import TINY_LLAMA, TINY_MIXTRAL
-from weights.config import MAX_CONFIG_BYTES, ModelConfig, hf_config, load_config, parse_config
+from weights.config import MAX_CONFIG_BYTES, ROUTER_TYPES, ModelConfig, hf_config, load_config, parse_config
 from weights.errors import ConfigError
 
 MIXTRAL_8X7B: dict[str, Any] = {
@@ -160,8 +161,18 @@ def test_sizes_are_counts_within_reason(field: str, value: object) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
-        ({"router_type": "switch"}, "router_type 'switch' is not supported"),
-        ({"capacity_factor": 1.25}, "capacity_factor"),
+        (
+            {"router_type": "hash"},
+            "router_type 'hash' is not supported; known: topk_softmax, switch, gshard, noisy_topk",
+        ),
+        ({"router_type": 1}, "router_type 1 is not supported"),
+        ({"router_type": ["switch"]}, "router_type"),
+        ({"capacity_factor": 0}, "capacity_factor must be a positive number, not 0"),
+        ({"capacity_factor": -1.25}, "capacity_factor"),
+        ({"capacity_factor": True}, "capacity_factor"),
+        ({"capacity_factor": "1.25"}, "capacity_factor"),
+        ({"capacity_factor": math.inf}, "capacity_factor"),
+        ({"capacity_factor": math.nan}, "capacity_factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .* is not supported"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
@@ -244,8 +255,23 @@ def test_no_folder_no_file_no_regular_file(tmp_path: Path) -> None:
         TINY_LLAMA,
         replace(TINY_LLAMA, model_type="mistral", sliding_window=None),
         replace(TINY_MIXTRAL, eos_token_ids=(3, 4), bos_token_id=0, sliding_window=7, tie_word_embeddings=True),
+        replace(TINY_MIXTRAL, router_type="switch", capacity_factor=1.25),
+        replace(TINY_MIXTRAL, router_type="gshard"),
         replace(TINY_MIXTRAL, head_dim=6, dtype="float16", rope_theta=123456.0, eos_token_ids=(63,)),
     ],
 )
 def test_a_written_config_reads_back(config: ModelConfig) -> None:
     assert parse_config(json.loads(json.dumps(hf_config(config)))) == config
+
+
+def test_a_plain_router_is_not_written_down() -> None:
+    """Other programs read these files too."""
+    assert not {"router_type", "capacity_factor"} & hf_config(TINY_MIXTRAL).keys()
+
+
+@pytest.mark.parametrize("router_type", ROUTER_TYPES)
+def test_routers(router_type: str) -> None:
+    config = parse_config(MIXTRAL_8X7B | {"router_type": router_type, "capacity_factor": 2})
+    assert (config.router_type, config.capacity_factor) == (router_type, 2.0)
+    config = parse_config(MIXTRAL_8X7B | {"router_type": None, "capacity_factor": None})
+    assert (config.router_type, config.capacity_factor) == ("topk_softmax", None)

@@ -107,6 +107,34 @@ def test_an_untied_head_must_be_there(tmp_path: Path) -> None:
     assert refused(tmp_path, lambda t: t.pop("lm_head.weight")) == "1 tensor missing: lm_head.weight"
 
 
+NOISE_GATE = "model.layers.1.block_sparse_moe.gate.noise.weight"
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_the_noise_gates_of_a_noisy_router_may_be_there(tmp_path: Path, present: bool) -> None:
+    config = write_tiny_mixtral(tmp_path, router_type="noisy_topk")
+    tensors = load_file(tmp_path / "model.safetensors")
+    noise = torch.arange(128.0).view(4, 32)
+    if present:
+        tensors[NOISE_GATE] = noise
+        save_file(tensors, tmp_path / "model.safetensors")
+    sink = StackingSink(config)
+    report = load(open_checkpoint(tmp_path), sink)
+    assert (NOISE_GATE in sink.sources) == present
+    assert report.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert sink.params["layers.0.gate_noise"].isnan().all()
+    if present:
+        assert torch.equal(sink.params["layers.1.gate_noise"], noise)
+
+
+def test_a_noise_gate_must_fit_and_belong_to_a_noisy_router(tmp_path: Path) -> None:
+    message = refused(tmp_path, lambda t: t.update({NOISE_GATE: torch.ones(4, 31)}), router_type="noisy_topk")
+    assert message == f"1 tensor of the wrong shape: {NOISE_GATE} (has [4, 31], needs [4, 32])"
+    name = NOISE_GATE.replace("layers.1", "layers.2")
+    assert name in refused(tmp_path, lambda t: t.update({name: torch.ones(4, 32)}), router_type="noisy_topk")
+    assert NOISE_GATE in refused(tmp_path, lambda t: t.update({NOISE_GATE: torch.ones(4, 32)}))
+
+
 @pytest.mark.parametrize("shape", [(32, 64), (64, 31), (2048,), (64, 32, 1)])
 def test_wrong_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
     message = refused(tmp_path, lambda t: t.update({"lm_head.weight": torch.ones(shape)}))

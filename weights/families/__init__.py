@@ -15,18 +15,19 @@ from weights.params import Piece
 class Family:
     """How one `model_type` names its tensors.
 
-    `pieces` lists every tensor a checkpoint must have. `is_extra` tells, by name, the known tensors that a checkpoint
-    may have beside them and that are left unread.
+    `pieces` lists every tensor a checkpoint must have, `optional` those it may have. `is_extra` tells, by name, the
+    known tensors that a checkpoint may have beside them and that are left unread.
     """
 
     pieces: Callable[[ModelConfig], tuple[Piece, ...]]
+    optional: Callable[[ModelConfig], tuple[Piece, ...]]
     is_extra: Callable[[ModelConfig, str], bool]
 
 
 FAMILIES = {
-    "mixtral": Family(mixtral.pieces, mixtral.is_extra),
-    "llama": Family(dense.pieces, mixtral.is_extra),
-    "mistral": Family(dense.pieces, mixtral.is_extra),
+    "mixtral": Family(mixtral.pieces, mixtral.optional, mixtral.is_extra),
+    "llama": Family(dense.pieces, mixtral.optional, mixtral.is_extra),
+    "mistral": Family(dense.pieces, mixtral.optional, mixtral.is_extra),
 }
 
 

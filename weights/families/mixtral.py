@@ -23,6 +23,7 @@ def param_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
             ParamSpec(f"{layer}.o", (hidden, q_rows), ParamKind.ATTENTION),
             ParamSpec(f"{layer}.post_attention_norm", (hidden,), ParamKind.NORM),
             ParamSpec(f"{layer}.gate", (experts, hidden), ParamKind.ROUTER),
+            *_noise_gate(config, layer),
             ParamSpec(f"{layer}.w13", (experts, 2 * ffn, hidden), ParamKind.EXPERT),
             ParamSpec(f"{layer}.w2", (experts, hidden, ffn), ParamKind.EXPERT),
         ]
@@ -30,6 +31,12 @@ def param_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
     if not config.tie_word_embeddings:
         specs.append(ParamSpec("lm_head", (config.vocab_size, hidden), ParamKind.LM_HEAD))
     return tuple(specs)
+
+
+def _noise_gate(config: ModelConfig, layer: str) -> list[ParamSpec]:
+    if config.router_type != "noisy_topk":
+        return []
+    return [ParamSpec(f"{layer}.gate_noise", (config.num_experts, config.hidden_size), ParamKind.ROUTER)]
 
 
 def shared_pieces(config: ModelConfig) -> list[Piece]:
@@ -68,6 +75,17 @@ def pieces(config: ModelConfig) -> tuple[Piece, ...]:
                 Piece(f"{expert}.w2.weight", (hidden, ffn), f"{param}.w2", expert=e),
             ]
     return tuple(result)
+
+
+def optional(config: ModelConfig) -> tuple[Piece, ...]:
+    """The noise gates of a noisy router: a checkpoint without them gets noise of scale 1."""
+    if config.router_type != "noisy_topk":
+        return ()
+    shape = (config.num_experts, config.hidden_size)
+    return tuple(
+        Piece(f"model.layers.{i}.block_sparse_moe.gate.noise.weight", shape, f"layers.{i}.gate_noise")
+        for i in range(config.num_layers)
+    )
 
 
 def is_extra(config: ModelConfig, name: str) -> bool:

@@ -17,6 +17,7 @@ from engine.backends.reference import ReferenceBackend
 from engine.backends.torch import TorchBackend
 from engine.batch import Batch, build
 from engine.scheduler import Chunk, StepPlan
+from tests.engine.routing.inputs import plain_table
 from tests.engine.sequences import make_sequence
 
 CPU = torch.device("cpu")
@@ -63,8 +64,11 @@ def make_batch(sizes: list[tuple[int, int]], generator: torch.Generator) -> tupl
         sequence.block_table = [free.pop() for _ in range(-(-(start + length) // BLOCK_SIZE))]
         chunks.append(Chunk(sequence, start, length))
         history.append(Chunk(sequence, 0, max(start, 1)))
-    batch = build(StepPlan(tuple(chunks)), block_size=BLOCK_SIZE, device=CPU)
-    return batch, build(StepPlan(tuple(history)), block_size=BLOCK_SIZE, device=CPU), num_blocks
+    batch, before = (
+        build(StepPlan(tuple(plan)), block_size=BLOCK_SIZE, steering=plain_table(), device=CPU)
+        for plan in (chunks, history)
+    )
+    return batch, before, num_blocks
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def make_routing(num_tokens: int, top_k: int, num_experts: int, *, unused: float
     expert_ids = logits.argsort(-1)[:, :top_k].int()
     weights = torch.rand(num_tokens, top_k, generator=generator)
     dropped = torch.rand(num_tokens, top_k, generator=generator) < unused
-    return Routing(expert_ids.masked_fill(dropped, -1), weights.masked_fill(dropped, 0.0), logits)
+    return Routing(expert_ids.masked_fill(dropped, -1), weights.masked_fill(dropped, 0.0), logits, expert_ids)
 
 
 def run_experts(backends: Sequence[Backend], x: Tensor, routing: Routing, num_experts: int) -> list[Tensor]:
@@ -172,7 +172,7 @@ def test_all_tokens_to_one_expert(expert: int) -> None:
     backends = make_experts((5, 7, 3), torch.float32)
     expert_ids = torch.full((17, 2), -1, dtype=torch.int32)
     expert_ids[:, 1] = expert
-    routing = Routing(expert_ids, torch.full((17, 2), 0.75), torch.zeros(17, 5))
+    routing = Routing(expert_ids, torch.full((17, 2), 0.75), torch.zeros(17, 5), expert_ids)
     actual, expected = run_experts(backends, normal(17, 7), routing, 5)
     check(actual, expected, torch.float32)
 
