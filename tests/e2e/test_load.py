@@ -24,6 +24,7 @@ def test_64_streams_of_64_tokens(demo_checkpoint: Path, capsys: pytest.CaptureFi
             model="mixserve-demo",
             messages=[{"role": "user", "content": f"Tell me story number {number}."}],
             max_tokens=TOKENS,
+            temperature=1,
             stream=True,
             stream_options={"include_usage": True},
             extra_body={"ignore_eos": True, "seed": number},

@@ -62,3 +62,8 @@ def test_wishes_are_defaults_and_no_more(tmp_path: Path) -> None:
     own = {"prompt": "x", "temperature": 0, "top_k": -1}
     params = CompletionRequest.model_validate(own).to_params(defaults, max_tokens=1, logprobs=None)
     assert (params.temperature, params.top_k) == (0, -1)
+
+
+@pytest.mark.parametrize(("do_sample", "temperature"), [(False, 0), (True, 0.7), (None, 0.7), (0, 0.7)])
+def test_a_checkpoint_that_does_not_sample_is_greedy(do_sample: object, temperature: float, tmp_path: Path) -> None:
+    assert sampling_defaults(write(tmp_path, {"temperature": 0.7, "do_sample": do_sample})).temperature == temperature
