@@ -76,7 +76,7 @@ def build(plan: StepPlan, *, block_size: int, steering: SteeringTable, device: t
         block_tables=to_device(block_tables),
         logits_indices=to_device(np.asarray(logits_rows(plan), dtype=np.int64)),
         routing=RoutingInputs(
-            num_valid_tokens=torch.tensor(len(positions), device=device),
+            num_valid_tokens=torch.full((), len(positions), dtype=torch.int64, device=device),
             slots=to_device(steering_slots),
             top_k=steering.top_k,
             min_p=steering.min_p,

@@ -139,7 +139,7 @@ class EngineCore:
                 sequence.num_visits += result.expert_visits[index]
                 sequence.num_visited_tokens += chunk.num_tokens
             routing = result.routing.get(index, [])
-            if sequence.request.trace_prompt_routing:
+            if sequence.request.trace_prompt_routing and sequence.num_output == 0:
                 own = routing[: max(0, sequence.num_prompt - chunk.start)]
                 sequence.prompt_routing += own[max(0, len(sequence.prompt_routing) - chunk.start) :]
             if index in result.sampled:
@@ -169,6 +169,8 @@ class EngineCore:
         visits = None
         if sequence.num_visited_tokens:
             visits = ExpertVisits(sequence.num_visits, sequence.num_visited_tokens)
+        prompt_routing = tuple(sequence.prompt_routing) if first and request.trace_prompt_routing else None
+        sequence.prompt_routing = []  # sent once, and large
         reason, stop_reason = self._end_of(sequence)
         if reason is not None:
             sequence.finish_reason = reason
@@ -180,7 +182,7 @@ class EngineCore:
             logprobs=(sampled.logprobs,) if sampled.logprobs is not None and token_ids else None,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first and params.prompt_logprobs is not None else None,
             routing=tuple(routing[-1:]) if request.trace_routing and token_ids else None,
-            prompt_routing=tuple(sequence.prompt_routing) if first and request.trace_prompt_routing else None,
+            prompt_routing=prompt_routing,
             expert_visits=visits,
             num_cached_tokens=sequence.num_cached,
             queue_seconds=sequence.queue_seconds if first else None,

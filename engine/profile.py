@@ -7,6 +7,7 @@ import torch
 from engine.backends.base import KVCache
 from engine.config import EngineConfig
 from engine.models.decoder import Decoder
+from engine.routing.record import RoutingRecord
 from engine.routing.steering import SteeringTable
 from engine.runner import Runner
 from engine.scheduler import Chunk, StepPlan
@@ -18,7 +19,14 @@ from weights.config import ModelConfig
 _PARAMS = SamplingParams(top_p=0.9, logprobs=20)
 
 
-def measure_activations(model: Decoder, config: EngineConfig, model_config: ModelConfig, *, max_model_len: int) -> int:
+def measure_activations(
+    model: Decoder,
+    config: EngineConfig,
+    model_config: ModelConfig,
+    record: RoutingRecord | None,
+    *,
+    max_model_len: int,
+) -> int:
     """Bytes that the largest step takes beside weights and cache.
 
     Two steps of `max_num_batched_tokens` tokens are run: as many sequences as may run, every one of them sampled, and
@@ -33,7 +41,10 @@ def measure_activations(model: Decoder, config: EngineConfig, model_config: Mode
     last = min(budget, max_model_len)
     long = StepPlan((_chunk(0, max_model_len - last, last, config.block_size),))
     steering = SteeringTable.for_model(model_config, num_slots=1, device=model.backend.device)
-    return max(_peak(model, cache, steering, plan) for plan in (many, long))
+    peak = max(_peak(model, cache, steering, record, plan) for plan in (many, long))
+    if record is not None:
+        record.reset()  # this was no traffic
+    return peak
 
 
 def _chunk(index: int, start: int, num_tokens: int, block_size: int) -> Chunk:
@@ -45,12 +56,12 @@ def _chunk(index: int, start: int, num_tokens: int, block_size: int) -> Chunk:
     return Chunk(sequence, start, num_tokens)
 
 
-def _peak(model: Decoder, cache: KVCache, steering: SteeringTable, plan: StepPlan) -> int:
+def _peak(model: Decoder, cache: KVCache, steering: SteeringTable, record: RoutingRecord | None, plan: StepPlan) -> int:
     device = model.backend.device
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    Runner(model, cache, steering, eos_token_ids=frozenset()).run(plan)
+    Runner(model, cache, steering, record=record, eos_token_ids=frozenset()).run(plan)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()  # what the allocator keeps would be taken for memory in use, and counted twice

@@ -91,7 +91,7 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
         )
     # A request may ask for more experts than the model's own K.
     widest = replace(model_config, num_experts_per_tok=router.max_choices)
-    activations = _activations(config, widest, dtype_name, max_model_len, model)
+    activations = _activations(config, widest, dtype_name, max_model_len, model, record)
     num_blocks = num_blocks_in(kv_cache_bytes(config, device, activation_bytes=activations))
     cache = backend.new_kv_cache(model_config.num_layers, num_blocks, config.block_size, model.attention_shape)
     eos_token_ids = frozenset(model_config.eos_token_ids)
@@ -225,11 +225,16 @@ def _check_weights_fit(
 
 
 def _activations(
-    config: EngineConfig, model_config: ModelConfig, dtype: str, max_model_len: int, model: Decoder
+    config: EngineConfig,
+    model_config: ModelConfig,
+    dtype: str,
+    max_model_len: int,
+    model: Decoder,
+    record: RoutingRecord | None,
 ) -> int:
     """Peak of one step: measured on a GPU, computed on the CPU, whose allocator does not tell."""
     if model.backend.device.type == "cuda":
-        return measure_activations(model, config, model_config, max_model_len=max_model_len)
+        return measure_activations(model, config, model_config, record, max_model_len=max_model_len)
     return activation_bytes(
         model_config,
         dtype,

@@ -51,7 +51,8 @@ def expert_visits(plan: StepPlan, record: RoutingRecord, batch: Batch) -> dict[i
 
 def _reported_rows(chunk: Chunk, first: int) -> range:
     request, end = chunk.sequence.request, first + chunk.num_tokens
-    if request.trace_prompt_routing and chunk.start < chunk.sequence.num_prompt:
+    # With the first token the prompt's trace is sent, and a preemption after that needs no second one.
+    if request.trace_prompt_routing and chunk.sequence.num_output == 0:
         return range(first, end)
     return range(end - 1, end) if request.trace_routing and chunk.samples else range(0)
 

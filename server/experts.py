@@ -75,7 +75,10 @@ class Experts:
         return await self._engine.capacity_what_if(capacity_factor)
 
     async def reset(self) -> None:
-        """Start anew."""
+        """Start anew. Once begun it is finished, even if nobody waits any more: else counters would go backwards."""
+        await asyncio.shield(asyncio.ensure_future(self._reset()))
+
+    async def _reset(self) -> None:
         async with self._lock:
             self._before = self._since_start(await self._engine.reset_experts())
 

@@ -51,6 +51,10 @@ class Sums:
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
+    def over_steps(self) -> Sums:
+        """The rows of a leading dimension, one a step, added up."""
+        return Sums(*(tensor.sum(dim=0) for tensor in self.tensors()))
+
 
 @dataclass(frozen=True, slots=True)
 class RoutingSnapshot:
@@ -73,19 +77,17 @@ class RoutingRecord:
         self.expert_ids = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.chosen_ids = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.weights = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._sizes = {"num_layers": num_layers, "num_experts": num_experts, "device": device}
+        self.num_valid_tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._factors = capacity_factors().to(device)
-        self._cursor = 0
-        self.reset()
+        self._total = Sums.zeros(num_layers=num_layers, num_experts=num_experts, device=device)
+        self._ring = Sums.zeros(WINDOW_STEPS, num_layers=num_layers, num_experts=num_experts, device=device)
+        self._overflow = torch.zeros((CAPACITY_STEPS, num_layers, num_experts), dtype=torch.int64, device=device)
+        self._cursor = torch.zeros(1, dtype=torch.int64, device=device)  # steps so far: a captured step advances it
 
     def reset(self) -> None:
-        """Forget all traffic."""
-        self._total = Sums.zeros(**self._sizes)  # type: ignore[arg-type]
-        self._ring = Sums.zeros(WINDOW_STEPS, **self._sizes)  # type: ignore[arg-type]
-        self._overflow = torch.zeros(
-            (CAPACITY_STEPS, *self._total.assigned.shape), dtype=torch.int64, device=self.logits.device
-        )
-        self._cursor = 0
+        """Forget all traffic. The buffers stay where they are."""
+        for tensor in (*self._total.tensors(), *self._ring.tensors(), self._overflow, self._cursor):
+            tensor.zero_()
 
     def write(self, layer: int, routing: Routing) -> None:
         """Keep one layer's routing of this step. Columns from its K_max on are not read in this step."""
@@ -96,15 +98,16 @@ class RoutingRecord:
         self.weights[layer, :rows, :width] = routing.weights
 
     def reduce(self, inputs: RoutingInputs) -> None:
-        """Add the step to totals, ring and load histogram."""
+        """Add the step to totals, ring and overflow table."""
         rows, width = inputs.slots.shape[0], min(inputs.max_top_k, self._num_experts)
-        valid = torch.arange(rows, device=self.logits.device) < inputs.num_valid_tokens
+        self.num_valid_tokens.copy_(inputs.num_valid_tokens)
+        valid = torch.arange(rows, device=self.logits.device) < self.num_valid_tokens
         probability = _probability(self.logits[:, :rows]) * valid.unsqueeze(-1)
         assigned = self._count(self.chosen_ids[:, :rows, :width], valid)
         dispatched = self._count(self.expert_ids[:, :rows, :width], valid)
         step = Sums(
             steps=torch.ones((), dtype=torch.int64, device=valid.device),
-            tokens=inputs.num_valid_tokens,
+            tokens=self.num_valid_tokens,
             assigned=assigned,
             dispatched=dispatched,
             hits=(dispatched > 0).long(),
@@ -113,9 +116,9 @@ class RoutingRecord:
         )
         for total, ring, value in zip(self._total.tensors(), self._ring.tensors(), step.tensors(), strict=True):
             total += value
-            ring[self._cursor % WINDOW_STEPS] = value
+            ring.index_copy_(0, self._cursor % WINDOW_STEPS, value.unsqueeze(0))
         self._cursor += 1
-        limits = capacity(self.top_k, self._num_experts, self._factors, inputs.num_valid_tokens)
+        limits = capacity(self.top_k, self._num_experts, self._factors, self.num_valid_tokens)
         self._overflow += (assigned - limits.long()[:, None, None]).clamp_(min=0)
 
     def total(self) -> Sums:
@@ -124,12 +127,12 @@ class RoutingRecord:
 
     def window(self) -> Sums:
         """The last WINDOW_STEPS steps together, on the CPU; waits for the device."""
-        return Sums(*(tensor.sum(dim=0).cpu() for tensor in self._ring.tensors()))
+        return Sums(*(tensor.cpu() for tensor in self._ring.over_steps().tensors()))
 
     def snapshot(self) -> RoutingSnapshot:
         """Copies on the CPU; waits for the device."""
-        length = min(self._cursor, WINDOW_STEPS)
-        order = torch.arange(self._cursor - length, self._cursor) % WINDOW_STEPS
+        end = int(self._cursor)
+        order = torch.arange(max(0, end - WINDOW_STEPS), end) % WINDOW_STEPS
         return RoutingSnapshot(
             total=self.total(),
             window=Sums(*(tensor.cpu()[order] for tensor in self._ring.tensors())),

@@ -45,7 +45,7 @@ def make_router(
     if name == "gshard":
         return GShard(factor)
     if name == "noisy_topk":
-        if factor is not None:
+        if capacity_factor is not None:
             raise ConfigurationError("router noisy_topk has no capacity: leave capacity_factor out")
         return NoisyTopK(config.num_experts, draws=router is not None)
     return TopKSoftmax(config.num_experts, config.norm_topk_prob, factor)

@@ -56,6 +56,8 @@ def test_the_checkpoints_capacity_factor() -> None:
     assert make_router(config, router=None, capacity_factor=2.0, simulation=None) == Switch(2.0)
     assert make_router(config, router="gshard", capacity_factor=None, simulation=None) == GShard(1.25)
     assert make_router(config, router=None, capacity_factor=None, simulation="one") == Simulated("one", 4)
+    noisy = make_router(config, router="noisy_topk", capacity_factor=None, simulation=None)
+    assert noisy == NoisyTopK(4, draws=True), "nobody asked for a capacity"
 
 
 @pytest.mark.parametrize(
