@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError, EngineDeadError
@@ -31,9 +32,10 @@ EXIT_SECONDS = 1.0
 """How long a process that has closed its socket may take to exit, and the other way round."""
 
 _STDERR = 2
-# OpenMP threads that wait by spinning hold up the very thread they wait for as soon as anything else, like
-# this process, needs a core: a step then takes ten times as long. The operator's own setting goes before.
-_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+# How long OpenMP's threads wait by spinning, in turns of the loop. For long, as libgomp does by itself, they hold up the
+# very thread they wait for as soon as anything else, like this process, needs a core: a step then takes ten times
+# as long. Not at all, every wait costs a wake-up. (docs/performance.md has the figures.)
+_SPINCOUNT = "3000"
 
 
 class EngineProcess:
@@ -59,7 +61,7 @@ class EngineProcess:
                     pass_fds=[theirs.fileno()],
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=_STDERR,
-                    env={**_THREADS, **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                    env=_environment(os.environ),
                 )
             except BaseException:
                 writer.transport.abort()
@@ -122,3 +124,11 @@ class EngineProcess:
         if code is not None and code < 0:
             return f"the engine process was killed by {signal.Signals(-code).name}"
         return f"the engine process ended with exit code {code}"
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Ours, the modules where this process finds them, and a spin count unless the operator has set how to wait."""
+    result = {**environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environ.keys():
+        result["GOMP_SPINCOUNT"] = _SPINCOUNT
+    return result
