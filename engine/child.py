@@ -32,8 +32,8 @@ EXIT_SECONDS = 1.0
 """How long a process that has closed its socket may take to exit, and the other way round."""
 
 _STDERR = 2
-# How long OpenMP's threads wait by spinning, in turns of the loop. For long, as libgomp does by itself, they hold up the
-# very thread they wait for as soon as anything else, like this process, needs a core: a step then takes ten times
+# How long OpenMP's threads wait by spinning, in turns of the loop. For long, as libgomp does by itself, they hold up
+# the very thread they wait for as soon as anything else, like this process, needs a core: a step then takes ten times
 # as long. Not at all, every wait costs a wake-up. (docs/performance.md has the figures.)
 _SPINCOUNT = "3000"
 
