@@ -1,7 +1,7 @@
 # make serve              set everything up and serve the demo model on http://127.0.0.1:8000
 # make serve ARGS="MODEL --port 9000"   (any arguments of `mixserve serve`)
 # make test               the whole suite, demo model included      (under 12 minutes on 2 cores)
-# make test-unit          what needs no demo model                  (under 2 minutes)
+# make test-unit          without the demo model and real servers   (under 2 minutes)
 # make test-full          also the slow tests
 # make check | format     ruff and mypy | let ruff rewrite
 # make clean              remove .venv and all that tools left behind
@@ -25,7 +25,7 @@ test: $(VENV)/dev.stamp
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-unit: $(VENV)/dev.stamp
-	@$(PYTEST) -m "not slow and not demo" $(ARGS)
+	@$(PYTEST) -m "not slow and not demo" --ignore tests/e2e $(ARGS)
 
 test-full: $(VENV)/dev.stamp
 	@$(PYTEST) $(ARGS)
