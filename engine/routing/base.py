@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -24,6 +25,11 @@ class Routing:
     weights: Tensor  # [T, K_max] float32
     logits: Tensor  # [T, E] as the gate produced them
     chosen_ids: Tensor  # [T, K_max] int32
+
+    @classmethod
+    def keeping(cls, kept: Tensor, chosen_ids: Tensor, weights: Tensor, logits: Tensor) -> Routing:
+        """The choices where `kept` [T, K_max] bool is true; the others are dropped, and remembered as chosen."""
+        return cls(torch.where(kept, chosen_ids, -1), torch.where(kept, weights, 0.0), logits, chosen_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,4 +34,4 @@ class GShard:
         lucky = 2 * weights > uniforms(inputs.seeds, inputs.positions, layer, weights.shape[1])
         lucky[:, 0] = True  # the first choice does not depend on chance
         kept = kept & lucky
-        return Routing(torch.where(kept, chosen, -1), torch.where(kept, weights, 0.0), gates.logits, chosen)
+        return Routing.keeping(kept, chosen, weights, gates.logits)

@@ -68,15 +68,15 @@ def what_if(snapshot: RoutingSnapshot, capacity_factor: float) -> CapacityWhatIf
     # In float64: a limit may be any factor's, beyond all integers.
     over = (snapshot.window.assigned.double() - limits[:, None, None]).clamp(min=0).sum(dim=0).long()
     factors = capacity_factors()
-    bucket = max(0, int(torch.searchsorted(factors, capacity_factor, right=True)) - 1)
+    row = max(0, int(torch.searchsorted(factors, capacity_factor, right=True)) - 1)
     return CapacityWhatIf(
         capacity_factor=capacity_factor,
         window_steps=int(snapshot.window.steps.sum()),
         window_assigned=int(snapshot.window.assigned.sum()),
         window_overflow=_table(over),
-        total_capacity_factor=float(factors[bucket]),
+        total_capacity_factor=float(factors[row]),
         total_assigned=int(snapshot.total.assigned.sum()),
-        total_overflow=_table(snapshot.overflow[bucket]),
+        total_overflow=_table(snapshot.overflow[row]),
     )
 
 

@@ -28,4 +28,4 @@ class Switch:
         if self.capacity_factor is None:
             return Routing(chosen, weights, gates.logits, chosen)
         kept = within_capacity(chosen, gates.logits.shape[1], self.capacity_factor, inputs)
-        return Routing(torch.where(kept, chosen, -1), torch.where(kept, weights, 0.0), gates.logits, chosen)
+        return Routing.keeping(kept, chosen, weights, gates.logits)
