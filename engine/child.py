@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError, EngineDeadError
@@ -61,7 +60,7 @@ class EngineProcess:
                     pass_fds=[theirs.fileno()],
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=_STDERR,
-                    env=_environment(os.environ),
+                    env=child_environment(),
                 )
             except BaseException:
                 writer.transport.abort()
@@ -126,9 +125,9 @@ class EngineProcess:
         return f"the engine process ended with exit code {code}"
 
 
-def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Ours, the modules where this process finds them, and a spin count unless the operator has set how to wait."""
-    result = {**environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environ.keys():
+    result = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & result.keys():
         result["GOMP_SPINCOUNT"] = _SPINCOUNT
     return result

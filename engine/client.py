@@ -12,6 +12,7 @@ import asyncio
 from engine.child import EXIT_SECONDS, EngineProcess
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, EngineOverloadedError, InvalidRequestError
+from engine.grammar.vocabulary import GrammarVocabulary
 from engine.stream import Mailbox, RequestStream
 from engine.types import CapacityWhatIf, EngineInfo, EngineStats, ExpertReport, Request, TokenEvent
 from engine.validate import check_request
@@ -27,6 +28,7 @@ from engine.wire import (
     ResetExperts,
     Shutdown,
     StepOutput,
+    UseVocabulary,
     WireError,
 )
 
@@ -96,6 +98,10 @@ class AsyncEngine:
     def num_inflight(self) -> int:
         """Requests the engine may still hold something for, aborted ones until it has confirmed that it does not."""
         return len(self._mailboxes)
+
+    def use_vocabulary(self, vocabulary: GrammarVocabulary) -> None:
+        """Tell the engine what the tokens stand for, before the first request with a grammar."""
+        self._process.send(UseVocabulary(vocabulary))
 
     def submit(self, request: Request) -> RequestStream:
         """Send a request to the engine; its events come from the returned stream.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, wait
 from dataclasses import replace
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.executor import Executor, OutOfDeviceMemoryError
+from engine.grammar.errors import GrammarError
+from engine.grammar.matcher import Matcher
+from engine.grammar.store import GrammarStore
+from engine.grammar.vocabulary import GrammarVocabulary
 from engine.result import Sampled, StepResult
 from engine.routing.record import RoutingRecord
 from engine.routing.stats import stats, what_if
@@ -25,6 +30,9 @@ from engine.types import (
     TokenRouting,
 )
 
+_BUILD_WAIT_SECONDS = 0.005
+"""How long a step without other work waits for a grammar."""
+
 
 class EngineCore:
     """Schedules live requests over an executor. Requests were checked (engine/validate.py) before they get here."""
@@ -38,6 +46,8 @@ class EngineCore:
             self._blocks, max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens
         )
         self._live: dict[str, Sequence] = {}
+        self._grammars: GrammarStore | None = None
+        self._building: dict[str, tuple[Sequence, Future[Matcher]]] = {}  # what waits for its grammar
         self._num_added = 0
         self._stats = EngineStats()
         self._recomputed_at_reset = 0
@@ -50,7 +60,11 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._building)
+
+    def use_vocabulary(self, vocabulary: GrammarVocabulary) -> None:
+        """Learn what the tokens stand for; before the first request with a grammar."""
+        self._grammars = GrammarStore(vocabulary)
 
     def add(self, request: Request) -> None:
         """Queue a request. Its id must not be in use."""
@@ -59,31 +73,37 @@ class EngineCore:
         sequence = Sequence(request, arrival=self._num_added, seed=seed)
         self._num_added += 1
         self._live[request.request_id] = sequence
-        self._scheduler.add(sequence)
+        if request.grammar is None:
+            self._scheduler.add(sequence)
+            return
+        assert self._grammars is not None, "a grammar needs a vocabulary"
+        self._building[request.request_id] = sequence, self._grammars.get(request.grammar)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks. An id that is not live (it may just have finished) is ignored."""
         sequence = self._live.pop(request_id, None)
-        if sequence is not None:
+        if sequence is not None and self._building.pop(request_id, None) is None:
             self._scheduler.finish(sequence)
 
     def step(self) -> list[TokenEvent]:
         """Advance every scheduled sequence once. Raises whatever breaks the executor for good."""
+        events = self._admit_built()
         plan = self._scheduler.schedule()
         if not plan.chunks:
-            return []
+            wait([future for _, future in self._building.values()], timeout=_BUILD_WAIT_SECONDS)
+            return events
         try:
             result = self._executor.execute(plan)
         except OutOfDeviceMemoryError as error:
-            return self._fail(plan, f"out of memory in a step of {plan.num_tokens} tokens: {error}")
-        return self._postprocess(plan, result)
+            return events + self._fail(plan, f"out of memory in a step of {plan.num_tokens} tokens: {error}")
+        return events + self._postprocess(plan, result)
 
     def stats(self) -> EngineStats:
         """A snapshot for whoever watches."""
         return replace(
             self._stats,
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=len(self._scheduler.waiting) + len(self._building),
             num_blocks=self._blocks.num_blocks,
             num_free_blocks=self._blocks.num_free,
             num_preemptions=self._scheduler.num_preemptions,
@@ -124,6 +144,21 @@ class EngineCore:
         assert record is not None, "routing is not recorded"
         return record
 
+    def _admit_built(self) -> list[TokenEvent]:
+        """Queue the requests whose grammar is there by now; those whose grammar is none have failed."""
+        events = []
+        for request_id, (sequence, future) in list(self._building.items()):
+            if not future.done():
+                continue
+            del self._building[request_id]
+            if (error := future.exception()) is None:
+                sequence.matcher = future.result().copy()
+                self._scheduler.add(sequence)
+            else:
+                del self._live[request_id]
+                events.append(_failure(request_id, f"the grammar was refused: {error}"))
+        return events
+
     def _postprocess(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         events: list[TokenEvent] = []
         prompt_tokens = generation_tokens = recomputed_tokens = 0
@@ -148,6 +183,8 @@ class EngineCore:
                 event = self._advance(chunk, result.sampled[index], routing)
                 generation_tokens += len(event.token_ids)
                 events.append(event)
+            elif index in result.failed:
+                events.append(self._give_up(sequence, result.failed[index]))
         self._stats = replace(
             self._stats,
             num_steps=self._stats.num_steps + 1,
@@ -166,6 +203,11 @@ class EngineCore:
         if params.max_tokens != 0:
             token_ids = (sampled.token_id,)
             sequence.token_ids.append(sampled.token_id)
+            if sequence.matcher is not None and not self._ends_grammar(sequence):
+                try:
+                    sequence.matcher.consume(sampled.token_id)
+                except GrammarError as error:
+                    return self._give_up(sequence, str(error))
         visits = None
         if sequence.num_visited_tokens:
             visits = ExpertVisits(sequence.num_visits, sequence.num_visited_tokens)
@@ -197,7 +239,7 @@ class EngineCore:
         params = sequence.request.params
         last = sequence.token_ids[-1]
         if sequence.num_output > 0:
-            if last in self.info.eos_token_ids and not params.ignore_eos:
+            if (last in self.info.eos_token_ids and not params.ignore_eos) or self._ends_grammar(sequence):
                 return FinishReason.STOP, None
             if last in params.stop_token_ids:
                 return FinishReason.STOP, last
@@ -207,18 +249,29 @@ class EngineCore:
             return FinishReason.LENGTH, None
         return None, None
 
+    def _ends_grammar(self, sequence: Sequence) -> bool:
+        """Whether the last token is the end of a text that a grammar allows: after it there is nothing to ignore."""
+        if sequence.matcher is None or self._grammars is None:
+            return False
+        return sequence.token_ids[-1] in self._grammars.eos_token_ids
+
+    def _give_up(self, sequence: Sequence, message: str) -> TokenEvent:
+        """End one running sequence that failed."""
+        del self._live[sequence.request.request_id]
+        self._scheduler.finish(sequence)
+        return _failure(sequence.request.request_id, message)
+
     def _fail(self, plan: StepPlan, message: str) -> list[TokenEvent]:
         """Give up the sequences of a step that could not be computed; all others go on."""
         events = []
         for chunk in plan.chunks:
-            sequence = chunk.sequence
-            self._blocks.retract(sequence)
-            del self._live[sequence.request.request_id]
-            self._scheduler.finish(sequence)
-            events.append(
-                TokenEvent(request_id=sequence.request.request_id, finish_reason=FinishReason.ERROR, error=message)
-            )
+            self._blocks.retract(chunk.sequence)
+            events.append(self._give_up(chunk.sequence, message))
         return events
+
+
+def _failure(request_id: str, message: str) -> TokenEvent:
+    return TokenEvent(request_id=request_id, finish_reason=FinishReason.ERROR, error=message)
 
 
 def _derived_seed(seed: int, number: int) -> int:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError, EngineError, InvalidRequestError, RequestFailedError
-from engine.text import TextStream, Tokenizer, stop_reason, with_eos_ids
+from engine.grammar import GrammarError, GrammarSpec
+from engine.text import TextStream, Tokenizer, grammar_vocabulary, stop_reason, with_eos_ids
 from engine.types import FinishReason, Request, SamplingParams, Steering, TokenEvent, TokenLogprobs
 from engine.validate import check_request
 from weights.reader import resolve
@@ -61,6 +62,7 @@ class LLM:
         self.core = EngineCore.build(config)
         self.info = self.core.info
         self.tokenizer.check_fits(self.info.vocab_size)
+        self.core.use_vocabulary(grammar_vocabulary(self.tokenizer, self.info))
         self._num_requests = 0
 
     def generate(
@@ -68,24 +70,27 @@ class LLM:
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
         *,
+        grammar: GrammarSpec | None = None,
         steering: Steering | None = None,
     ) -> list[Completion]:
         """Continue every prompt (a text or its token ids); the completions are in the prompts' order.
 
-        `params` are for all, or one for each; `steering` is for all. Raises InvalidRequestError for the first prompt
-        that cannot be served, before any is begun; RequestFailedError, after all others have ended, when one failed
-        inside the engine: what the others became is lost with it.
+        `params` are for all, or one for each; `grammar`, which every answer must match, and `steering` are for all.
+        Raises InvalidRequestError for the first prompt that cannot be served, before any is begun; RequestFailedError,
+        after all others have ended, when one failed inside the engine, as all do with a grammar that llguidance
+        refuses: what the others became is lost with it.
         """
         if isinstance(prompts, str):
             raise InvalidRequestError("prompts must be a list of prompts, not one text", param="prompts")
         ids = [self._encode(prompt) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
-        return self._run(ids, params, steering, chat=False)
+        return self._run(ids, params, grammar, steering, chat=False)
 
     def chat(
         self,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
         params: SamplingParams | Sequence[SamplingParams],
         *,
+        grammar: GrammarSpec | None = None,
         steering: Steering | None = None,
     ) -> list[Completion]:
         """Answer every conversation, a list of messages {"role": …, "content": …}. Otherwise as `generate`."""
@@ -93,7 +98,8 @@ class LLM:
             raise InvalidRequestError(
                 "conversations must be a list of lists of messages, not one list of messages", param="conversations"
             )
-        return self._run([self._encode_chat(messages) for messages in conversations], params, steering, chat=True)
+        ids = [self._encode_chat(messages) for messages in conversations]
+        return self._run(ids, params, grammar, steering, chat=True)
 
     def routing(self) -> RoutingSnapshot:
         """What the routers have decided since the start, as tensors on the CPU: sums by layer and expert, and the last
@@ -118,6 +124,7 @@ class LLM:
         self,
         prompts: Sequence[tuple[int, ...]],
         params: SamplingParams | Sequence[SamplingParams],
+        grammar: GrammarSpec | None,
         steering: Steering | None,
         *,
         chat: bool,
@@ -125,10 +132,11 @@ class LLM:
         params_list = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(params_list) != len(prompts):
             raise InvalidRequestError(f"{len(prompts)} prompts with {len(params_list)} params", param="params")
+        source = None if grammar is None else _source(grammar)
         runs = []
         for prompt_ids, one in zip(prompts, params_list, strict=True):
             name = f"llm-{self._num_requests}"
-            request = Request(request_id=name, prompt_ids=prompt_ids, params=one, steering=steering)
+            request = Request(request_id=name, prompt_ids=prompt_ids, params=one, grammar=source, steering=steering)
             self._num_requests += 1
             check_request(request, self.info)
             runs.append(_Run(request, TextStream(self.tokenizer, one, chat=chat)))
@@ -160,6 +168,13 @@ class LLM:
         finally:
             for request_id in live:
                 self.core.abort(request_id)
+
+
+def _source(grammar: GrammarSpec) -> str:
+    try:
+        return grammar.source()
+    except GrammarError as error:
+        raise InvalidRequestError(str(error), param="grammar") from None
 
 
 @dataclass(slots=True)

@@ -28,6 +28,7 @@ from typing import Protocol
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
+from engine.grammar.vocabulary import GrammarVocabulary
 from engine.types import CapacityWhatIf, EngineInfo, EngineStats, ExpertReport, Request, TokenEvent
 from engine.wire import (
     HEARTBEAT_SECONDS,
@@ -48,6 +49,7 @@ from engine.wire import (
     Start,
     StepOutput,
     ToEngine,
+    UseVocabulary,
     WireError,
     check_hello,
     encode,
@@ -69,6 +71,9 @@ class Core(Protocol):
     @property
     def has_work(self) -> bool:
         """Whether a step would advance any request."""
+
+    def use_vocabulary(self, vocabulary: GrammarVocabulary) -> None:
+        """Learn what the tokens stand for; called before the first request with a grammar."""
 
     def add(self, request: Request) -> None:
         """Take a request that has been checked and whose id is not in use."""
@@ -229,6 +234,8 @@ def _loop(core: Core, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> None:
             aborted = []
             for message in messages:
                 match message:
+                    case UseVocabulary(vocabulary):
+                        core.use_vocabulary(vocabulary)
                     case Add(request):
                         core.add(request)
                     case Abort(request_id):

@@ -21,6 +21,8 @@ class StepResult:
 
     sampled: dict[int, Sampled]
     """One for each chunk that samples."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """Instead of a sampled token: why there is none. Only that request is affected."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """For each chunk whose request scores its prompt: the prompt tokens that follow the chunk's tokens."""
     routing: dict[int, list[TokenRouting]] = field(default_factory=dict)

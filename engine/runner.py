@@ -8,12 +8,13 @@ from torch import Tensor
 from engine import batch as batches
 from engine.backends.base import KVCache
 from engine.batch import Batch
+from engine.masks import fill
 from engine.models.decoder import Decoder
 from engine.result import Sampled, StepResult
 from engine.routing.base import Routing
 from engine.routing.record import RoutingRecord
 from engine.routing.steering import SteeringTable
-from engine.sampler import SamplingRow, logprobs_of, sample
+from engine.sampler import SamplingRow, logprobs_of, masked_rows, sample
 from engine.scheduler import Chunk, StepPlan
 from engine.trace import expert_visits, trace
 from engine.types import TokenLogprobs
@@ -48,16 +49,17 @@ class Runner:
         hidden = self._forward(batch)
         indices = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
         sampled: dict[int, Sampled] = {}
+        failed: dict[int, str] = {}
         if indices:
-            rows = [self._sampling_row(plan.chunks[index]) for index in indices]
-            tokens = sample(self.model.logits(hidden[batch.logits_indices]), rows)
-            sampled = dict(zip(indices, tokens, strict=True))
+            tokens, errors = self._sample(self.model.logits(hidden[batch.logits_indices]), plan, indices)
+            failed = {indices[row]: error for row, error in errors.items()}
+            sampled = {index: token for index, token in zip(indices, tokens, strict=True) if index not in failed}
         scores = self._score_prompts(plan, hidden)
         if self.record is None:
-            return StepResult(sampled, scores)
+            return StepResult(sampled, failed, scores)
         reports = trace(plan, self.record, batch), expert_visits(plan, self.record, batch)
         self.record.reduce(batch.routing)  # last: a step that runs out of memory does not count
-        return StepResult(sampled, scores, *reports)
+        return StepResult(sampled, failed, scores, *reports)
 
     @staticmethod
     def is_out_of_memory(error: RuntimeError) -> bool:
@@ -76,6 +78,15 @@ class Runner:
 
         return self.model.forward(batch, self.cache, observe)
 
+    def _sample(self, logits: Tensor, plan: StepPlan, indices: list[int]) -> tuple[list[Sampled], dict[int, str]]:
+        """A token for each row of `logits`, the chunks `indices` of the plan; and what went wrong, by row."""
+        rows = [self._sampling_row(plan.chunks[index]) for index in indices]
+        masked = masked_rows(rows)
+        if not masked:
+            return sample(logits, rows), {}
+        masks, failed = fill(masked, vocab_size=logits.shape[-1], device=logits.device)
+        return sample(logits, rows, masks), failed
+
     def _sampling_row(self, chunk: Chunk) -> SamplingRow:
         sequence = chunk.sequence
         params = sequence.request.params
@@ -86,6 +97,7 @@ class Runner:
             prompt_ids=sequence.request.prompt_ids,
             output_ids=sequence.token_ids[sequence.num_prompt :],
             end_ids=end_ids,
+            matcher=sequence.matcher,
         )
 
     def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:

@@ -1,7 +1,7 @@
 """Sampler: logits -> one token a row, for a whole batch at once.
 
 Order, as the HTTP contract has it: repetition, presence and frequency penalties, logit_bias, the ban on ending before
-min_tokens, temperature, top-k, top-p, min-p, draw. Log probabilities are of the untouched logits.
+min_tokens, the grammars' masks, temperature, top-k, top-p, min-p, draw. Log probabilities are of the untouched logits.
 
 A draw is a function of (seed, choice, position) and the distribution alone: replaying a preempted sequence, or
 running it in another batch, draws the same token.
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.grammar.matcher import Matcher
+from engine.masks import MaskedRow, TokenMasks
 from engine.result import Sampled
 from engine.types import SamplingParams, TokenLogprobs
 
@@ -30,17 +32,27 @@ class SamplingRow:
     output_ids: Sequence[int]
     end_ids: Sequence[int]
     """Ids that would end the sequence: forbidden before min_tokens."""
+    matcher: Matcher | None = None
+    """The sequence's place in its grammar."""
 
     @property
     def position(self) -> int:
         """How many tokens were generated before: the counter of the random stream."""
         return len(self.output_ids)
 
+    @property
+    def may_end(self) -> bool:
+        return len(self.output_ids) >= self.params.min_tokens
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None) -> list[Sampled]:
     """One token for each row of `logits` [R, V] float32. Does not change `logits`."""
     assert logits.shape[0] == len(rows)
-    chosen = _choose(_adjusted(logits, rows), rows)
+    adjusted = _adjusted(logits, rows)
+    if masks is not None:
+        adjusted = adjusted.clone() if adjusted is logits else adjusted
+        masks.apply(adjusted)
+    chosen = _choose(adjusted, rows)
     token_ids: list[int] = chosen.tolist()
     reports = _report(logits, chosen, [row.params.logprobs for row in rows])
     return [Sampled(token_id, report) for token_id, report in zip(token_ids, reports, strict=True)]
@@ -52,6 +64,15 @@ def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[
     """
     reports = _report(logits, torch.tensor(token_ids, device=logits.device), [num_top] * len(token_ids))
     return [report for report in reports if report is not None]
+
+
+def masked_rows(rows: Sequence[SamplingRow]) -> list[MaskedRow]:
+    """The rows that have a grammar."""
+    return [
+        MaskedRow(index, row.matcher, () if row.may_end else (*row.end_ids, *row.matcher.end_ids))
+        for index, row in enumerate(rows)
+        if row.matcher is not None
+    ]
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -97,7 +118,7 @@ def _adjustments(row: SamplingRow) -> list[Callable[[Tensor], None]]:
     if params.logit_bias:
         ids, biases = zip(*params.logit_bias, strict=True)
         steps.append(lambda logits: _add(logits, ids, biases))
-    if len(row.output_ids) < params.min_tokens and row.end_ids:
+    if not row.may_end and row.end_ids and row.matcher is None:  # a grammar's mask has the ban in it
         steps.append(lambda logits: _add(logits, row.end_ids, [-torch.inf] * len(row.end_ids)))
     return steps
 

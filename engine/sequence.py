@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from enum import Enum, auto
 
+from engine.grammar.matcher import Matcher
 from engine.types import FinishReason, Request, TokenLogprobs, TokenRouting
 
 
@@ -29,6 +30,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "finish_reason",
+        "matcher",
         "num_cached",
         "num_computed",
         "num_ever_computed",
@@ -64,6 +66,7 @@ class Sequence:
         self.prompt_routing: list[TokenRouting] = []
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
+        self.matcher: Matcher | None = None
 
     @property
     def order(self) -> tuple[int, int]:

@@ -69,13 +69,13 @@ class Mailbox:
         self.aborted = False
         self._events: list[TokenEvent] = []
         self._failure: str | None = None
-        self._filled = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
 
     def put(self, event: TokenEvent) -> None:
         self._events.append(event)
         if len(self._events) >= MAX_PENDING_EVENTS:
             self._events = [merge(self._events)]
-        self._filled.set()
+        self._wake()
 
     def abort(self) -> None:
         self.aborted = True
@@ -83,18 +83,22 @@ class Mailbox:
 
     def fail(self, message: str) -> None:
         self._failure = message
-        self._filled.set()
+        self._wake()
 
     async def take(self) -> TokenEvent:
         """All that is there, as one event; waits for some. Raises EngineDeadError after the last one."""
-        await self._filled.wait()
-        if not self._events:
-            raise EngineDeadError(self._failure)
+        while not self._events:
+            if self._failure is not None:
+                raise EngineDeadError(self._failure)
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         event = merge(self._events)
         self._events = []
-        if self._failure is None:
-            self._filled.clear()
         return event
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 def merge(events: list[TokenEvent]) -> TokenEvent:

@@ -18,9 +18,10 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How one sequence is sampled. Ranges are those of the HTTP contract; `validate` raises InvalidRequestError.
 
-    Order of application: repetition, presence and frequency penalties, logit_bias, temperature, top_k, top_p, min_p,
-    draw. Logprobs are of the raw model distribution, before all of these. `stop`, `include_stop_str_in_output` and
-    `skip_special_tokens` concern text: the core ignores them, whoever turns ids into text (LLM, server) obeys them.
+    Order of application: repetition, presence and frequency penalties, logit_bias, the request's grammar,
+    temperature, top_k, top_p, min_p, draw. Logprobs are of the raw model distribution, before all of these. `stop`,
+    `include_stop_str_in_output` and `skip_special_tokens` concern text: the core ignores them, whoever turns ids
+    into text (LLM, server) obeys them.
     """
 
     max_tokens: int | None = 16
@@ -79,6 +80,8 @@ class Request:
     priority: int = 0
     """Lower is served first; equal priorities in order of arrival."""
     cache_salt: str | None = None
+    grammar: str | None = None
+    """What the output must match: `GrammarSpec.source()`, checked (engine/grammar)."""
     steering: Steering | None = None
     """None: as the model routes. Its digest is part of the prefix-cache key."""
     trace_routing: bool = False

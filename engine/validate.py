@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.errors import ContextLengthError, InvalidRequestError
+from engine.grammar.spec import MAX_SOURCE_BYTES
 from engine.types import EngineInfo, Request, SamplingParams
 from engine.validate_routing import check_routing
 
@@ -32,6 +33,8 @@ def check_request(request: Request, info: EngineInfo) -> None:
     _check_int("priority", request.priority, _INT64)
     if request.cache_salt is not None:
         _check_text("cache_salt", request.cache_salt, MAX_NAME_BYTES)
+    if request.grammar is not None:
+        _check_text("grammar", request.grammar, MAX_SOURCE_BYTES)
     check_routing(request, info)
 
 

@@ -8,6 +8,7 @@ names the message and the values of engine/types.py are maps by field name. Noth
     Hello(version) ->
     Start(config)  ->
                       <- Ready(info) | Failed(kind, message)
+    UseVocabulary  ->                                       before the first request with a grammar
     Add, Abort     ->
                       <- StepOutput(events, aborted, stats)   one a step
                       <- Heartbeat(busy_seconds)              from a thread of its own, also while a step runs
@@ -26,9 +27,10 @@ from enum import StrEnum
 import msgspec
 
 from engine.config import EngineConfig
+from engine.grammar.vocabulary import GrammarVocabulary
 from engine.types import CapacityWhatIf, EngineInfo, EngineStats, ExpertReport, Request, TokenEvent
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Goes up with every change of a message or of a type inside one. `Hello` itself never changes."""
 
 MAX_FRAME_BYTES = 256 * 2**20
@@ -55,6 +57,12 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     config: EngineConfig
     progress: bool
+
+
+class UseVocabulary(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What the tokens stand for, without which no grammar can be followed."""
+
+    vocabulary: GrammarVocabulary
 
 
 class Add(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -132,7 +140,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     message: str
 
 
-ToEngine = Hello | Start | Add | Abort | AskExperts | AskWhatIf | ResetExperts | Shutdown
+ToEngine = Hello | Start | UseVocabulary | Add | Abort | AskExperts | AskWhatIf | ResetExperts | Shutdown
 FromEngine = Hello | Ready | StepOutput | Answer | Heartbeat | Failed
 
 _encoder = msgspec.msgpack.Encoder()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from engine.text.vocabulary import Vocabulary
+
+NO_MARKS: Mapping[int, str] = MappingProxyType({})
 
 
 class Detokenizer:
@@ -16,16 +20,28 @@ class Detokenizer:
 
     A SentencePiece-like vocabulary writes a space before the first word. Of a whole text that space is dropped
     (`drop_leading_space`); of a continuation it is kept, because there it separates words.
+
+    A token of `marks` becomes the text given there, skipped or not.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, skip_special_tokens: bool, drop_leading_space: bool) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        skip_special_tokens: bool,
+        drop_leading_space: bool,
+        marks: Mapping[int, str] = NO_MARKS,
+    ) -> None:
         self._vocabulary = vocabulary
         self._skipped = vocabulary.special_ids if skip_special_tokens else frozenset()
         self._drop_space = drop_leading_space and vocabulary.drops_leading_space
+        self._marks = marks
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, possibly none."""
+        if token_id in self._marks:
+            return self._marks[token_id]
         if token_id in self._skipped:
             return ""
         return self._emit(self._decoder.decode(self._vocabulary.token_bytes(token_id)))

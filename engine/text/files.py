@@ -28,13 +28,16 @@ class TokenizerFiles:
     eos_token_ids: frozenset[int]
     """Of generation_config.json and config.json."""
     chat_template: str | None
+    tool_template: str | None
+    """For chats with tools, where the checkpoint has another for those."""
 
 
 def read_files(folder: Path, *, chat_template: str | None) -> TokenizerFiles:
     """Read a checkpoint folder; `chat_template`, a template or the path of one, goes before the folder's own.
 
     Only tokenizer.json has to be there. A template is `chat_template.jinja`, else `chat_template` in
-    tokenizer_config.json: a string, or a list of named ones, of which "default" is taken. Raises CheckpointError.
+    tokenizer_config.json: a string, or a list of named ones, of which "default" is taken and, for chats with tools,
+    "tool_use". Raises CheckpointError.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
@@ -43,13 +46,18 @@ def read_files(folder: Path, *, chat_template: str | None) -> TokenizerFiles:
     add_bos = config.get("add_bos_token")
     if not isinstance(add_bos, bool | None):
         raise CheckpointError(f"{folder / 'tokenizer_config.json'}: add_bos_token must be true or false")
+    if chat_template is None:
+        template, tool_template = _own_templates(folder, config)
+    else:
+        template, tool_template = _given_template(chat_template), None
     return TokenizerFiles(
         spec=read_json_object(find_file(folder, "tokenizer.json"), max_bytes=_MAX_BYTES),
         special_tokens=_special_tokens(config),
         additional_special_tokens=_additional_special_tokens(config),
         add_bos_token=add_bos,
         eos_token_ids=_eos_ids(generation, folder / "generation_config.json") | _eos_ids(model, folder / "config.json"),
-        chat_template=_own_template(folder, config) if chat_template is None else _given_template(chat_template),
+        chat_template=template,
+        tool_template=tool_template,
     )
 
 
@@ -82,18 +90,19 @@ def _eos_ids(config: Mapping[str, Any], path: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _own_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _own_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The checkpoint's template, and its other one for chats with tools."""
     if has_file(folder, "chat_template.jinja"):
-        return _read_text(find_file(folder, "chat_template.jinja"))
-    template = config.get("chat_template")
+        return _read_text(find_file(folder, "chat_template.jinja")), None
+    template, tool_template = config.get("chat_template"), None
     if isinstance(template, list):
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
-        template = named.get("default")
-    if not isinstance(template, str | None):
+        template, tool_template = named.get("default"), named.get("tool_use")
+    if not isinstance(template, str | None) or not isinstance(tool_template, str | None):
         raise CheckpointError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of named templates"
         )
-    return template
+    return template, tool_template
 
 
 def _given_template(chat_template: str) -> str:

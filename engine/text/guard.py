@@ -15,7 +15,8 @@ own turn. Two parts prevent that:
 
 What stays: a template that builds a control token around a whole user string ("<|" + name + "|>") or from a piece it
 cuts out of one, and control that is ordinary text to the tokenizer. Mixtral v1's "[INST]" and "[/INST]" are: they can
-be forged, here as everywhere.
+be forged, here as everywhere, and so can the words of engine/text/tools.py for templates without tools. Where a
+template writes JSON in ASCII (`tojson` with `ensure_ascii`), a replaced character becomes the number of its stand-in.
 """
 
 from __future__ import annotations
@@ -47,22 +48,42 @@ class ControlGuard:
         self._names = {text: f"<{nonce}:{token_id}>" for text, token_id in controls.items()}
         self._renamed = tokenizers.Tokenizer.from_str(_rename(tokenizer.to_str(), self._names))
 
-    def disguise(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], Disguise]:
-        """Copies of `messages` without a control token in them, and how to get the user's characters back.
+    def disguise(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, Disguise]:
+        """Copies of `messages` and `tools` without a control token in them, and how to get the characters back.
 
-        Roles are left alone: they are words (the caller sees to that), and templates compare them.
+        Words that templates compare are left alone: roles (the caller sees to it that they are words), types, and the
+        keys of messages, calls and functions. The keys of arguments and parameters are the user's.
         """
-        disguise = Disguise(present=set().union(*_strings(messages)))
+        disguise = Disguise(present=set().union(*_strings(messages), *_strings(tools)))
         copies = [
-            {key: value if key == "role" else self._hide(value, disguise) for key, value in message.items()}
+            {key: value if key == "role" else self._hide_field(key, value, disguise) for key, value in message.items()}
             for message in messages
         ]
-        return copies, disguise
+        if tools is None:
+            return copies, None, disguise
+        return copies, [self._hide_function(tool, disguise) for tool in tools], disguise
 
     def encode(self, rendered: str, disguise: Disguise) -> list[int]:
         """The ids of a text rendered from disguised messages."""
         named = self._control.sub(lambda match: self._names[match[0]], rendered)
         return self._renamed.encode(disguise.lift(named), add_special_tokens=False).ids
+
+    def _hide_field(self, key: str, value: Any, disguise: Disguise) -> Any:
+        if key == "tool_calls" and value:
+            return [self._hide_function(call, disguise) for call in value]
+        return self._hide(value, disguise)
+
+    def _hide_function(self, entry: Mapping[str, Any], disguise: Disguise) -> dict[str, Any]:
+        """Of a tool, or of a call: {"type", "function": {"name", …}, …}."""
+        copy = {}
+        for key, value in entry.items():
+            if key == "function" and isinstance(value, Mapping):
+                copy[key] = {name: self._hide(item, disguise) for name, item in value.items()}
+            else:
+                copy[key] = value if key == "type" and value == "function" else self._hide(value, disguise)
+        return copy
 
     def _hide(self, value: Any, disguise: Disguise) -> Any:
         if isinstance(value, str):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.text.detokenizer import Detokenizer
+from engine.text.detokenizer import NO_MARKS, Detokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.types import SamplingParams
 
@@ -38,13 +38,25 @@ class TextStream:
 
     With `chat`, the space that a SentencePiece-like vocabulary writes before the first word is dropped; a completion
     keeps it, because it continues a text.
+
+    A token of `marks` is written as the text given there.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, chat: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        *,
+        chat: bool = False,
+        marks: Mapping[int, str] = NO_MARKS,
+    ) -> None:
         self._detokenizer = Detokenizer(
-            tokenizer.vocabulary, skip_special_tokens=params.skip_special_tokens, drop_leading_space=chat
+            tokenizer.vocabulary,
+            skip_special_tokens=params.skip_special_tokens,
+            drop_leading_space=chat,
+            marks=marks,
         )
-        self._finder = _StopFinder(params.stop)
+        self._finder = _StopFinder(params.stop) if params.stop else None
         self._include_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._held = ""
@@ -81,7 +93,8 @@ class TextStream:
             if found is not None:
                 self._stop = found
                 return TextDelta(self._cut(found), found, number)
-        return TextDelta(self._release(len(self._held) - self._finder.num_partial), None, len(token_ids))
+        num_partial = 0 if self._finder is None else self._finder.num_partial
+        return TextDelta(self._release(len(self._held) - num_partial), None, len(token_ids))
 
     def finish(self) -> str:
         """The text still held back, at the end of a sequence that no stop string ended.
@@ -95,6 +108,9 @@ class TextStream:
 
     def _read(self, text: str) -> str | None:
         """Hold `text`, up to the end of the first stop string in it, which is returned."""
+        if self._finder is None:
+            self._held += text
+            return None
         for index, char in enumerate(text):
             found = self._finder.feed(char)
             if found is not None and self.num_tokens > self._min_tokens:

@@ -48,9 +48,16 @@ class ChatTemplate:
             raise TemplateError(f"line {error.lineno}: {_one_line(error.message or '')}") from None
         except RecursionError:
             raise TemplateError("nested too deeply") from None
+        self.source = source
         self._variables = dict(variables)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool,
+    ) -> str:
         """The prompt's text.
 
         Raises TemplateError when the template refuses the messages, fails, or writes or loops too much.
@@ -61,7 +68,7 @@ class ChatTemplate:
             for part in self._template.generate(
                 **self._variables,
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 range=_bounded_range(),

@@ -17,6 +17,7 @@ from engine.text.errors import TemplateError
 from engine.text.files import TokenizerFiles, read_files
 from engine.text.guard import ControlGuard
 from engine.text.template import ChatTemplate
+from engine.text.tools import MARKERS, ToolFormat, ToolSupport, check_calls
 from engine.text.turns import turn_tokens
 from engine.text.vocabulary import Vocabulary
 from weights.errors import CheckpointError
@@ -41,16 +42,22 @@ class Tokenizer:
             raise CheckpointError("tokenizer_config.json: add_bos_token is true, but there is no bos_token")
         eos_id = self._named_id(files, "eos_token")
         eos_ids = set(files.eos_token_ids) | ({eos_id} if eos_id is not None else set())
+        self._added = {
+            token.content: token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
+        }
         self._template: ChatTemplate | None = None
         if files.chat_template is not None:
             self._template = _compile(files.chat_template, files.special_tokens)
-            added = {token.content: token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items()}
-            turn = turn_tokens(self._template, added)
-            eos_ids |= {added[text] for text in turn.end}
+            self._tool_template = self._template
+            if files.tool_template is not None:
+                self._tool_template = _compile(files.tool_template, files.special_tokens)
+            self._plain = ToolSupport.of(self._template, with_tools=False)
+            self._with_tools = ToolSupport.of(self._tool_template, with_tools=True)
+            turn = turn_tokens(self._template, self._added)
+            eos_ids |= {self._added[text] for text in turn.end}
+            marks = turn.start | turn.end | (MARKERS if self.describes_tools else frozenset())
             controls = {
-                text: token_id
-                for text, token_id in added.items()
-                if self.is_special(token_id) or text in turn.start | turn.end
+                text: token_id for text, token_id in self._added.items() if self.is_special(token_id) or text in marks
             }
             self._guard = ControlGuard(self._tokenizer, controls)
         self.eos_token_ids = frozenset(eos_ids & self.vocabulary.pieces.keys())
@@ -102,12 +109,29 @@ class Tokenizer:
             return [self._bos_id, *ids]
         return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    @property
+    def describes_tools(self) -> bool:
+        """Whether the chat template has a place for tools; where it has none, words of ours describe them."""
+        return self._template is not None and self._with_tools.tools
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model was taught to write calls, by its template; Hermes where that says nothing."""
+        return "mistral" if self.describes_tools and "[TOOL_CALLS]" in self._tool_template.source else "hermes"
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         """The ids of a chat by the template, which also writes the beginning-of-sequence token.
 
-        A message is {"role": …, "content": …} and whatever else the template reads. Control tokens in anything but the
-        template itself are encoded as ordinary text (engine/text/guard.py says how, and what that leaves open). Raises
-        TemplateError, and ValueError for a lone surrogate.
+        A message is {"role": …, "content": …} and whatever else the template reads. engine/text/tools.py tells the form
+        of tools, calls and their answers, and what becomes of them where the template has no place for them. Control
+        tokens in anything but the template itself are encoded as ordinary text (engine/text/guard.py says how, and what
+        that leaves open). Raises TemplateError, and ValueError for a lone surrogate.
         """
         if self._template is None:
             raise TemplateError("this model has no chat template; give one with --chat-template (chat_template)")
@@ -115,12 +139,14 @@ class Tokenizer:
             role = message.get("role")
             if not isinstance(role, str) or not _ROLE.fullmatch(role):
                 raise TemplateError(f"messages[{index}]: role must be a word such as user or assistant")
+            check_calls(message, f"messages[{index}]")
+        template, support = (self._tool_template, self._with_tools) if tools else (self._template, self._plain)
         try:
-            disguised, disguise = self._guard.disguise(messages)
+            disguised, hidden_tools, disguise = self._guard.disguise(*support.prepare(messages, tools))
         except RecursionError:
             raise TemplateError("the messages are nested too deeply") from None
         try:
-            rendered = self._template.render(disguised, add_generation_prompt=add_generation_prompt)
+            rendered = template.render(disguised, tools=hidden_tools, add_generation_prompt=add_generation_prompt)
         except TemplateError as error:
             raise TemplateError(disguise.lift(str(error))) from error
         _check_text(rendered)
@@ -147,9 +173,17 @@ class Tokenizer:
         """The token alone as text; bytes that are only a part of a character are U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
+    def piece(self, token_id: int) -> str:
+        """The token as the vocabulary writes it, such as "▁Hi" or "<0x0A>"; nothing for an id that has no token."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def is_special(self, token_id: int) -> bool:
         """Whether the token is control, left out of a text by `skip_special_tokens`."""
         return token_id in self.vocabulary.special_ids
+
+    def added_id(self, text: str) -> int | None:
+        """The id of an added token, special or not, that is written so."""
+        return self._added.get(text)
 
     def _named_id(self, files: TokenizerFiles, name: str) -> int | None:
         content = files.special_tokens.get(name)
