@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
+NODE := tests/e2e/node
 
 .PHONY: help serve test test-unit test-full check format clean
 help:
@@ -21,13 +22,13 @@ help:
 serve: $(VENV)/run.stamp
 	@$(BIN)/mixserve serve $(ARGS)
 
-test: $(VENV)/dev.stamp
+test: $(VENV)/dev.stamp $(NODE)/node_modules/.package-lock.json
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-unit: $(VENV)/dev.stamp
 	@$(PYTEST) -m "not slow and not demo" --ignore tests/e2e $(ARGS)
 
-test-full: $(VENV)/dev.stamp
+test-full: $(VENV)/dev.stamp $(NODE)/node_modules/.package-lock.json
 	@$(PYTEST) $(ARGS)
 
 check: $(VENV)/dev.stamp
@@ -40,7 +41,7 @@ format: $(VENV)/dev.stamp
 	@$(BIN)/ruff check --fix .
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(NODE)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find server engine weights tests -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp is newer than what it was installed from. setuptools comes first, pinned, so that building the project fetches none.
@@ -56,3 +57,7 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "Installing what the tests and checks need ..."
 	@$(INSTALL) --no-build-isolation --editable '.[test,lint]'
 	@touch $@
+
+# OpenAI's Node client, where there is npm. Its tests are left out without it, and pytest says so at its end.
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
+	@! command -v npm > /dev/null || npm ci --prefix $(NODE) --no-audit --no-fund --silent || true

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from engine.text import Tokenizer
-from server import errors
+from engine.grammar.checker import GrammarChecker
+from engine.text import Tokenizer, grammar_vocabulary
+from server import errors, openapi
 from server.config import ServerConfig
+from server.edge.stack import middleware
 from server.experts import Experts
-from server.limits import BodyLimit, LastResort, RequestIds
 from server.metrics import Metrics
-from server.protocol.errors import ErrorBody
-from server.routes import chat, completions, experts, health, metrics, models
+from server.routes import chat, completions, docs, experts, health, metrics, models, tokenize
 from server.service import Engine, Service
 from server.version import VERSION
 
@@ -19,13 +19,20 @@ from server.version import VERSION
 def create_app(engine: Engine, tokenizer: Tokenizer, config: ServerConfig) -> FastAPI:
     """The app, with its state as `app.state.service`. It uses the engine but neither starts nor ends it."""
     counters = Metrics(config.served_model_name, lambda: engine.stats)
-    service = Service(engine, tokenizer, config, counters, Experts(engine))
-    app = FastAPI(title="mixserve", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    vocabulary = grammar_vocabulary(tokenizer, engine.info)
+    engine.use_vocabulary(vocabulary)
+    grammars = GrammarChecker(vocabulary, max_model_len=engine.info.max_model_len)
+    service = Service(engine, tokenizer, config, counters, Experts(engine), grammars)
+    app = FastAPI(
+        title="mixserve",
+        version=VERSION,
+        openapi_url=None,
+        redirect_slashes=False,
+        middleware=middleware(config.edge, counters.count_rejected),
+    )
     app.state.service = service
     errors.install(app, service.metrics.count_rejected)
-    for group in (completions, chat, models, experts, health, metrics):
-        app.include_router(group.router(service), responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    app.add_middleware(LastResort)
-    app.add_middleware(RequestIds)  # the last one added is the outermost
+    for group in (completions, chat, tokenize, models, experts, health, metrics):
+        app.include_router(group.router(service), responses=openapi.EVERYWHERE)
+    app.include_router(docs.router(lambda: openapi.document(app, config, engine.info)))
     return app

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 from engine.errors import RequestFailedError
-from engine.text import Detokenizer, TextStream, Tokenizer, stop_reason
+from engine.text import NO_MARKS, Detokenizer, TextStream, Tokenizer, stop_reason
 from engine.types import ExpertVisits, FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 from server.protocol.routing import TokenTrace
 from server.routing import token_trace
@@ -61,8 +61,16 @@ class Choice:
     """
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, params: SamplingParams, *, chat: bool, echo: Echo | None = None
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        *,
+        chat: bool,
+        echo: Echo | None = None,
+        marks: Mapping[int, str] = NO_MARKS,
     ) -> None:
+        """`marks`: texts for some tokens in place of their own."""
         self.index = index
         self.finish_reason: Literal["stop", "length"] | None = None
         self.num_cached_tokens = 0
@@ -70,7 +78,7 @@ class Choice:
         self._tokenizer = tokenizer
         self._params = params
         self._echo = echo
-        self._text = TextStream(tokenizer, params, chat=chat)
+        self._text = TextStream(tokenizer, params, chat=chat, marks=marks)
         self._locator = TokenLocator(tokenizer, params, drop_leading_space=chat, base=len(echo.text) if echo else 0)
         self._scores = Pending[ScoredToken]()
         self._routing = Pending[TokenTrace]()
@@ -181,17 +189,29 @@ class Pending(Generic[T]):
 
     def take_up_to(self, num_tokens: int) -> tuple[T, ...]:
         """The next items, so many that those of the first `num_tokens` tokens are taken in all."""
+        if not self._items:
+            return ()
         count = min(num_tokens - self._num_taken, len(self._items))
         self._num_taken += count
         return tuple(self._items.popleft() for _ in range(count))
 
 
 def list_prompt(echo: Echo, scores: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> tuple[ScoredToken, ...]:
-    """The echoed prompt's tokens. Nothing stands before the first, so it has no score."""
+    """The echoed prompt's tokens. Nothing stands before the first, so it has no score.
+
+    A control token has a place in the text where the client wrote it there; one that was given as an id, or that the
+    tokenizer added, has none.
+    """
     measure = Detokenizer(tokenizer.vocabulary, skip_special_tokens=True, drop_leading_space=True)
     tokens = [ScoredToken(echo.prompt_ids[0], None, (), 0)]
-    position = len(measure.push(echo.prompt_ids[0]))
+    position = 0
     for entry in scores:
+        last = tokens[-1].token_id
+        text = measure.push(last)
+        if tokenizer.is_special(last) and echo.text.startswith(tokenizer.token_text(last), position):
+            text = tokenizer.token_text(last)
+        elif not echo.text.startswith(text, position):
+            text = text.removeprefix(" ")  # which a SentencePiece-like tokenizer puts after a control token
+        position += len(text)
         tokens.append(ScoredToken(entry.token_id, entry.logprob, entry.top, position))
-        position += len(measure.push(entry.token_id))
     return tuple(tokens)

@@ -4,9 +4,13 @@
 |-----------------------------------------|--------|-----------------------|-------------------------|
 | a mistake in the request                | 400    | invalid_request_error | null                    |
 | prompt (+ max_tokens) over the context  | 400    | invalid_request_error | context_length_exceeded |
+| no API key, or a wrong one              | 401    | invalid_request_error | invalid_api_key         |
 | unknown model                           | 404    | invalid_request_error | model_not_found         |
 | unknown route, wrong method             | 404/405| invalid_request_error | null                    |
+| body or headers too slow                | 408    | invalid_request_error | null                    |
 | body too large, not JSON by its header  | 413/415| invalid_request_error | null                    |
+| too many requests of one key            | 429    | rate_limit_error      | rate_limit_exceeded     |
+| headers too large                       | 431    | invalid_request_error | null                    |
 | queue full, draining, still loading     | 503    | server_error          | server_overloaded       |
 | this request failed inside the engine   | 500    | server_error          | null                    |
 | the engine process is gone              | 500    | server_error          | engine_dead             |
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi import HTTPException as FastApiError
@@ -34,6 +39,9 @@ from server.json_io import JsonResponse
 from server.protocol.errors import ErrorBody
 
 log = logging.getLogger(__name__)
+
+_PLAIN = "/:@!$&'()*+,;=~"
+"""Characters of a path that are told as they are."""
 
 
 class ApiError(Exception):
@@ -58,6 +66,8 @@ class ApiError(Exception):
     @property
     def body(self) -> ErrorBody:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JsonResponse:
@@ -143,7 +153,9 @@ def install(app: FastAPI, count_rejected: Callable[[str], None]) -> None:
 
 
 def _http_error(request: Request, error: HTTPException) -> ApiError:
-    where = f"{request.method} {request.url.path[:200]}"
+    where = (
+        f"{request.method} {quote(request.scope['path'][:200], safe=_PLAIN)}"  # request.url believes the Host header
+    )
     message = f"There is no {where}." if error.status_code == 404 else f"{where} is not allowed."
     return ApiError(error.status_code, message, headers=error.headers)
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.config import EdgeConfig
+from server.edge.paths import route_path
+from server.edge.stack import wrap
 from server.errors import overloaded
 from server.json_io import JsonResponse
 
 
 class Front:
-    """The ASGI app that the HTTP server runs from its first second: `_loading` until `put` is given the real one."""
+    """The ASGI app that the HTTP server runs from its first second: `_loading` until `put` is given the real one.
 
-    def __init__(self) -> None:
-        self._app: ASGIApp = _loading
+    Keys and limits are the same for both; the real app brings its own middleware.
+    """
+
+    def __init__(self, edge: EdgeConfig) -> None:
+        self._app = wrap(_loading, edge)
 
     def put(self, app: ASGIApp) -> None:
         self._app = app
@@ -25,7 +31,7 @@ async def _loading(scope: Scope, receive: Receive, send: Send) -> None:
     """Alive, but not ready: /health is 200, everything else 503 with Retry-After."""
     if scope["type"] != "http":
         return
-    if scope["path"] == "/health":
+    if route_path(scope) == "/health":
         response = JsonResponse({"status": "loading"})
     else:
         response = overloaded("The model is still loading.", retry_after=5).response()

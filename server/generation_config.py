@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from server.config import SamplingDefaults
+from weights.errors import CheckpointError
 from weights.strict_json import parse_object
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,20 @@ _IN_RANGE: dict[str, Callable[[Any], bool]] = {
     "min_p": lambda value: 0 <= value <= 1,
     "repetition_penalty": lambda value: 0 < value <= 2,
 }
+
+
+def chosen_defaults(choice: str, checkpoint: Path) -> SamplingDefaults:
+    """The defaults that `--generation-config` asks for: `auto`, `vllm` or a folder.
+
+    The checkpoint's; OpenAI's, whatever the checkpoint says; or those of the folder, which raises CheckpointError when
+    it has no generation_config.json.
+    """
+    if choice == "vllm":
+        return SamplingDefaults()
+    folder = checkpoint if choice == "auto" else Path(choice)
+    if choice != "auto" and not (folder / _FILE).is_file():
+        raise CheckpointError(f"{folder} has no {_FILE}")
+    return sampling_defaults(folder)
 
 
 def sampling_defaults(checkpoint: Path) -> SamplingDefaults:

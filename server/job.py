@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from engine.errors import InvalidRequestError, RequestFailedError
 from engine.text import with_eos_ids
@@ -42,7 +42,10 @@ class JobSpec:
     num_choices: int
     priority: int = 0
     cache_salt: str | None = None
+    grammar: str | None = None
     chat: bool = False
+    marks: Mapping[int, str] = field(default_factory=dict)
+    """Texts for some tokens in place of their own."""
     echoes: Sequence[Echo] = ()
     steering: Steering | None = None
     trace_routing: bool = False
@@ -92,7 +95,7 @@ class Job:
         spec = self.spec
         echo = spec.echoes[index // spec.num_choices] if spec.echoes else None
         tokenizer = self._service.tokenizer
-        choice = Choice(index, tokenizer, request.params, chat=spec.chat, echo=echo)
+        choice = Choice(index, tokenizer, request.params, chat=spec.chat, echo=echo, marks=spec.marks)
         params = with_eos_ids(request.params, tokenizer.eos_token_ids)
         events = self._service.engine.submit(replace(request, params=params))
         self._runs.append(_Run(choice, request.request_id, events, self._service.metrics.start_request()))
@@ -189,6 +192,7 @@ def _request(spec: JobSpec, index: int) -> Request:
         params=replace(spec.params, choice=choice),
         priority=spec.priority,
         cache_salt=spec.cache_salt,
+        grammar=spec.grammar,
         steering=spec.steering,
         trace_routing=spec.trace_routing,
         trace_prompt_routing=spec.trace_prompt_routing,

@@ -13,18 +13,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from engine.text import Tokenizer
 from server.app import create_app
-from server.config import ServerConfig
+from server.config import EdgeConfig, ServerConfig
+from server.edge.connection import Connection
 from server.front import Front
 from server.service import Engine, Service
 from server.summary import summary
@@ -67,33 +70,42 @@ class Prepared:
     start_engine: Callable[[], Awaitable[Engine]]
 
 
-def serve(sock: socket.socket, prepare: Callable[[], Prepared]) -> int:
+def serve(
+    sock: socket.socket,
+    prepare: Callable[[], Prepared],
+    edge: EdgeConfig,
+    tls: ssl.SSLContext | None = None,
+) -> int:
     """Serve on `sock` until a signal or the engine's death; the exit code.
 
-    `prepare` may take long (a download, a build): it runs in a thread, while HTTP answers that the model loads. Raises
-    what `prepare` and the engine's start raise.
+    `prepare` may take long (a download, a build): it runs in a thread, while HTTP answers that the model loads. `edge`,
+    the one of the configuration that it brings, holds from the start. Raises what `prepare` and the engine's start
+    raise.
     """
-    return asyncio.run(_serve(sock, prepare))
+    return asyncio.run(_serve(sock, prepare, edge, tls))
 
 
 class HttpServer(uvicorn.Server):
     """uvicorn, which leaves when `should_exit` is set, and tells of signals instead of leaving by itself."""
 
-    def __init__(self, app: ASGIApp, on_signal: Callable[[], None]) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                backlog=_BACKLOG,
-                timeout_graceful_shutdown=_FLUSH_SECONDS,
-            )
+    def __init__(
+        self, app: ASGIApp, on_signal: Callable[[], None], edge: EdgeConfig, tls: ssl.SSLContext | None = None
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            http=cast(type[asyncio.Protocol], partial(Connection, edge)),  # uvicorn does no more than call it
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
+        config.load()
+        config.ssl = tls
+        super().__init__(config)
         self._loop = asyncio.get_running_loop()
         self._on_signal = on_signal
 
@@ -112,10 +124,12 @@ class _Signals:
         (self.second if self.first.is_set() else self.first).set()
 
 
-async def _serve(sock: socket.socket, prepare: Callable[[], Prepared]) -> int:
+async def _serve(
+    sock: socket.socket, prepare: Callable[[], Prepared], edge: EdgeConfig, tls: ssl.SSLContext | None
+) -> int:
     signals = _Signals()
-    front = Front()
-    http = HttpServer(front, signals.receive)
+    front = Front(edge)
+    http = HttpServer(front, signals.receive, edge, tls)
     serving = asyncio.create_task(http.serve(sockets=[sock]))
     serving.add_done_callback(lambda _: signals.receive())  # should HTTP fail, there is nothing left to stay for
     try:
@@ -127,8 +141,16 @@ async def _serve(sock: socket.socket, prepare: Callable[[], Prepared]) -> int:
             config = prepared.config
             app = create_app(engine, prepared.tokenizer, config)
             front.put(app)
-            chat = prepared.tokenizer.has_chat_template
-            print(summary(engine.info, model_name=config.served_model_name, url=_url(sock), chat=chat), flush=True)
+            print(
+                summary(
+                    engine.info,
+                    model_name=config.served_model_name,
+                    url=_url(sock, "http" if tls is None else "https"),
+                    chat=prepared.tokenizer.has_chat_template,
+                    needs_key=bool(edge.api_keys),
+                ),
+                flush=True,
+            )
             return await _until_end(engine, app.state.service, signals, config)
         finally:
             await engine.shutdown()
@@ -186,6 +208,7 @@ async def _until_end(engine: Engine, service: Service, signals: _Signals, config
         return 1
     finally:
         death.cancel()
+        await service.close()
 
 
 async def _first(*work: asyncio.Future[Any] | Coroutine[Any, Any, Any], seconds: float | None = None) -> None:
@@ -196,7 +219,7 @@ async def _first(*work: asyncio.Future[Any] | Coroutine[Any, Any, Any], seconds:
         future.cancel()
 
 
-def _url(sock: socket.socket) -> str:
+def _url(sock: socket.socket, scheme: str) -> str:
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -8,10 +8,13 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from engine.grammar import GrammarError, GrammarSpec
+from engine.grammar.checker import GrammarChecker
+from engine.grammar.vocabulary import GrammarVocabulary
 from engine.text import Tokenizer
 from engine.types import CapacityWhatIf, EngineInfo, EngineStats, ExpertReport, Request, TokenEvent
 from server.config import ServerConfig
-from server.errors import ApiError, overloaded
+from server.errors import ApiError, BadRequestError, overloaded
 from server.experts import Experts
 from server.metrics import Metrics
 
@@ -27,6 +30,8 @@ class Engine(Protocol):
 
     @property
     def healthy(self) -> bool: ...
+
+    def use_vocabulary(self, vocabulary: GrammarVocabulary) -> None: ...
 
     def submit(self, request: Request) -> AsyncIterator[TokenEvent]: ...
 
@@ -52,6 +57,7 @@ class Service:
     config: ServerConfig
     metrics: Metrics
     experts: Experts
+    grammars: GrammarChecker
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     num_inflight: int = 0
@@ -87,3 +93,14 @@ class Service:
                 code="model_not_found",
             )  # fmt: skip
         return served
+
+    async def constrain(self, spec: GrammarSpec, *, param: str) -> str:
+        """The grammar that a request must match, for the engine. Raises BadRequestError, which names `param`."""
+        try:
+            return await self.grammars.check(spec)
+        except GrammarError as error:
+            raise BadRequestError(f"{param}: {error}.", param=param) from None
+
+    async def close(self) -> None:
+        """End what this state has started, which is not the engine."""
+        await self.grammars.close()

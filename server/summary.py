@@ -8,7 +8,7 @@ import shlex
 from engine.types import EngineInfo
 
 
-def summary(info: EngineInfo, *, model_name: str, url: str, chat: bool) -> str:
+def summary(info: EngineInfo, *, model_name: str, url: str, chat: bool, needs_key: bool) -> str:
     """A few lines for people. `chat`: whether the model has a chat template."""
     rate = info.load_bytes / info.load_seconds / 1e9 if info.load_seconds else 0.0
     memory = info.memory
@@ -33,7 +33,7 @@ def summary(info: EngineInfo, *, model_name: str, url: str, chat: bool) -> str:
             "",
             f"Serving on {url}. Try:",
             "",
-            _curl(model_name, url, chat=chat),
+            _curl(model_name, url, chat=chat, needs_key=needs_key),
             "",
         ]
     )
@@ -59,7 +59,7 @@ def _warning(info: EngineInfo) -> list[str]:
     ]
 
 
-def _curl(model_name: str, url: str, *, chat: bool) -> str:
+def _curl(model_name: str, url: str, *, chat: bool, needs_key: bool) -> str:
     body: dict[str, object]
     if chat:
         path = "/v1/chat/completions"
@@ -68,7 +68,8 @@ def _curl(model_name: str, url: str, *, chat: bool) -> str:
         path = "/v1/completions"
         body = {"prompt": "The capital of France is", "stream": True}
     data = shlex.quote(json.dumps({"model": model_name} | body))
-    return f"  curl -N {url}{path} -H 'Content-Type: application/json' -d {data}"
+    key = ' -H "Authorization: Bearer $MIXSERVE_API_KEY"' if needs_key else ""
+    return f"  curl -N {url}{path}{key} -H 'Content-Type: application/json' -d {data}"
 
 
 def _count(number: int) -> str:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.checked_responses import checked_responses
+from tests.e2e.node_client import missing_node
+
+SERVED = [Path(__file__).parent / "server", Path(__file__).parent / "e2e"]
+"""Folders whose tests talk to a server of ours."""
 
 # Before torch is loaded: threads that spin while a server under test needs their core make everything ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,3 +26,27 @@ def demo_checkpoint() -> Path:
     from server.cli import cache_dir
 
     return demo_model(cache_dir(os.environ), progress=False)
+
+
+@pytest.fixture(scope="session")
+def wrong_responses() -> Iterator[list[str]]:
+    """Responses that tests/shapes.py does not allow, in the order they came in."""
+    with checked_responses() as wrong:
+        yield wrong
+        assert wrong == [], "a wrong response after the last test"
+
+
+@pytest.fixture(autouse=True)
+def _every_response_is_as_it_should_be(request: pytest.FixtureRequest, wrong_responses: list[str]) -> Iterator[None]:
+    yield
+    found = wrong_responses.copy()
+    wrong_responses.clear()
+    if any(request.path.is_relative_to(folder) for folder in SERVED):  # others talk to a hub
+        assert not found, "\n".join(found)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    if any("test_node_client" in report.nodeid for report in skipped):
+        terminalreporter.write_sep("!", "THE TESTS WITH THE NODE CLIENT WERE LEFT OUT", yellow=True, bold=True)
+        terminalreporter.write_line(f"tests/e2e/node: {missing_node()}", yellow=True, bold=True)

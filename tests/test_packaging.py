@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import json
 import os
 import re
 import shutil
@@ -120,3 +121,20 @@ def test_dockerfile_copies_what_its_context_holds() -> None:
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert sources == kept == {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", *PACKAGES}
     assert all((ROOT / source).exists() for source in sources)
+
+
+def test_node_client_is_pinned_and_its_lock_file_names_no_registry() -> None:
+    """Whatever registry npm is set to, what it gives must have the hash of the lock file."""
+    folder = ROOT / "tests" / "e2e" / "node"
+    wanted = json.loads((folder / "package.json").read_text())["dependencies"]
+    packages = json.loads((folder / "package-lock.json").read_text())["packages"]
+    assert wanted == packages.pop("")["dependencies"]
+    assert {path.removeprefix("node_modules/"): entry["version"] for path, entry in packages.items()} == wanted
+    assert all(entry["integrity"].startswith("sha512-") and "resolved" not in entry for entry in packages.values())
+    assert "node_modules/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_ci_does_not_leave_the_node_client_out() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    required = next(number for number, line in enumerate(lines) if line.startswith("export MIXSERVE_REQUIRE_NODE=1"))
+    assert required < lines.index("make check test")

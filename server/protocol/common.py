@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated, Any, NotRequired, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 from typing_extensions import TypedDict
 
+from engine.grammar import GrammarSpec
 from engine.types import SamplingParams, Steering
 from server.config import SamplingDefaults
 from server.errors import BadRequestError
 from server.protocol import fields
-
-log = logging.getLogger(__name__)
+from server.protocol.extras import check_extras
+from server.protocol.fields import absent
+from server.protocol.structured import ResponseFormat, StructuredOutputs, format_spec
 
 T = TypeVar("T")
 
-_NOT_BUILT = ("chat_template", "structured_outputs", "suffix")
+STREAMED: JsonDict = {"stream": True}
+"""The second example of each request in the OpenAPI document."""
+
+_NOT_BUILT = ("chat_template", "suffix")
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    include_usage: fields.Flag | None = None
+    include_usage: fields.Flag | None = absent("One more chunk, before the end, has the usage.", False)
 
 
 class GenerationRequest(BaseModel):
@@ -31,51 +36,50 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
-    model: fields.Text | None = None
-    temperature: fields.Temperature | None = None
-    top_p: fields.TopP | None = None
-    top_k: fields.TopK | None = None
-    min_p: fields.MinP | None = None
-    presence_penalty: fields.Penalty | None = None
-    frequency_penalty: fields.Penalty | None = None
-    repetition_penalty: fields.RepetitionPenalty | None = None
-    n: fields.NumChoices | None = None
-    logit_bias: fields.LogitBias | None = None
-    stop: fields.Stop | None = None
-    stop_token_ids: fields.StopTokenIds | None = None
-    ignore_eos: fields.Flag | None = None
-    min_tokens: fields.TokenCount | None = None
-    include_stop_str_in_output: fields.Flag | None = None
-    skip_special_tokens: fields.Flag | None = None
-    seed: fields.Seed | None = None
-    stream: fields.Flag | None = None
-    stream_options: StreamOptions | None = None
-    priority: fields.Priority | None = None
-    cache_salt: fields.CacheSalt | None = None
-    routing: fields.Flag | None = None
-    routing_prompt: fields.Flag | None = None
-    experts_per_token: fields.ExpertCount | None = None
-    expert_min_p: fields.MinP | None = None
-    expert_mask: fields.ExpertMask | None = None
-    response_format: Any = None
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
+    model: fields.ModelId | None = absent("The served model's name.")
+    temperature: fields.Temperature | None = absent("Under 1e-5 is greedy.", 1)
+    top_p: fields.TopP | None = absent("Draw from the likeliest tokens that have this probability together.", 1)
+    top_k: fields.TopK | None = absent("Draw from so many of the likeliest tokens; -1 or 0 is off.", 0)
+    min_p: fields.MinP | None = absent("Draw from tokens with this share of the likeliest one's probability.", 0)
+    presence_penalty: fields.Penalty | None = absent("Off the logit of each token that the answer has.", 0)
+    frequency_penalty: fields.Penalty | None = absent("The same, for each time that the answer has it.", 0)
+    repetition_penalty: fields.RepetitionPenalty | None = absent(
+        "Divides positive logits, and multiplies negative ones, of tokens that prompt or answer have.", 1
+    )
+    n: fields.NumChoices | None = absent("Choices a prompt; prompts times n are at most 128 too.", 1)
+    logit_bias: fields.LogitBias | None = absent("Added to the logits of tokens, by their ids written as strings.")
+    stop: fields.Stop | None = absent("Text that ends the answer; it is left out of it.")
+    stop_token_ids: fields.StopTokenIds | None = absent("Tokens that end the answer.")
+    ignore_eos: fields.Flag | None = absent("Go on after an end-of-sequence token.", False)
+    min_tokens: fields.TokenCount | None = absent("No end before so many; at most max_tokens.", 0)
+    include_stop_str_in_output: fields.Flag | None = absent("Leave the stop string in.", False)
+    skip_special_tokens: fields.Flag | None = absent("Leave control tokens out of the text.", True)
+    seed: fields.Seed | None = absent("Without one the server takes a new one for each request.")
+    stream: fields.Flag | None = absent("Answer with server-sent events.", False)
+    stream_options: StreamOptions | None = absent("Needs stream.")
+    priority: fields.Priority | None = absent("Lower goes first.", 0)
+    cache_salt: fields.CacheSalt | None = absent("Only requests with the same one share cached prefixes.")
+    routing: fields.Flag | None = absent("Return the experts of each output token.", False)
+    routing_prompt: fields.Flag | None = absent("Return the experts of each prompt token.", False)
+    experts_per_token: fields.ExpertCount | None = absent("Up to the number of experts; the model's own if absent.")
+    expert_min_p: fields.MinP | None = absent("Leave out chosen experts of a lower probability.", 0)
+    expert_mask: fields.ExpertMask | None = absent("Experts that may not be chosen, in all layers or by layer.")
+    response_format: ResponseFormat | None = absent("What the answer must be; text may be anything.")
+    structured_outputs: StructuredOutputs | None = absent("What the answer must match; not with response_format.")
+    user: Any = absent("No effect.")
+    metadata: Any = absent("No effect.")
+    store: Any = absent("No effect.")
+    service_tier: Any = absent("No effect.")
 
     @model_validator(mode="after")
     def _no_silent_loss(self) -> GenerationRequest:
-        """A documented field that is not built yet is refused; an unknown one is ignored, and the log can tell."""
-        extra = {name for name, value in (self.model_extra or {}).items() if value is not None}
-        for name in _NOT_BUILT:
-            if name in extra:
-                raise BadRequestError(f"{name} is not supported by this server.", param=name)
-        if self.response_format is not None and self.response_format != {"type": "text"}:
-            raise BadRequestError('response_format must be {"type": "text"}.', param="response_format")
+        check_extras(self.model_extra, not_built=_NOT_BUILT)
+        if self.structured_outputs is not None and format_spec(self.response_format) is not None:
+            raise BadRequestError(
+                "structured_outputs and response_format cannot both be given.", param="structured_outputs"
+            )
         if self.stream_options is not None and not self.stream:
             raise BadRequestError("stream_options needs stream to be true.", param="stream_options")
-        if unknown := sorted(extra):
-            log.debug("ignored unknown fields: %r", [name[:50] for name in unknown[:20]])
         return self
 
     @property
@@ -99,6 +103,18 @@ class GenerationRequest(BaseModel):
             min_p=self.expert_min_p or 0.0,
         )
         return None if steering == Steering() else steering
+
+    @property
+    def grammar_spec(self) -> GrammarSpec | None:
+        """What the answer must match; None for nothing. Raises BadRequestError."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.to_spec()
+        return format_spec(self.response_format)
+
+    @property
+    def grammar_param(self) -> str:
+        """The field that `grammar_spec` comes from."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
 
     def to_params(
         self,

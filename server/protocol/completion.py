@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NotRequired
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
 from server.errors import BadRequestError
 from server.protocol import fields
-from server.protocol.common import GenerationRequest, Usage
+from server.protocol.common import STREAMED, GenerationRequest, Usage
+from server.protocol.fields import absent
 from server.protocol.routing import RoutingTrace
 
 DEFAULT_MAX_TOKENS = 16
+_PROMPT = "The capital of France is"
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: fields.Prompt
-    max_tokens: fields.TokenCount | None = None
-    best_of: fields.NumChoices | None = None
-    logprobs: fields.NumLogprobs | None = None
-    echo: fields.Flag | None = None
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": _PROMPT}, STREAMED | {"prompt": _PROMPT}]})
+
+    prompt: fields.Prompt = Field(description="A text, several, token ids, or several lists of them.")
+    max_tokens: fields.TokenCount | None = absent(
+        "With the prompt at most the context's length; 0 only with echo.", DEFAULT_MAX_TOKENS
+    )
+    best_of: fields.NumChoices | None = absent(
+        "At least n: generate so many choices, return the n of the highest mean log probability. Over n not with "
+        "stream. By default n."
+    )
+    logprobs: fields.NumLogprobs | None = absent("Return each token's log probability, and those of so many likeliest.")
+    echo: fields.Flag | None = absent("Return the prompt in front of the answer.", False)
 
     @model_validator(mode="after")
     def _fits_together(self) -> CompletionRequest:

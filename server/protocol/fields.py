@@ -18,6 +18,14 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_MASK = 1024
 """Layers of an expert mask, and experts of a layer."""
 
+MODEL_ID, TOKEN_ID, EXPERT_ID, EXPERT_COUNT = "Model id", "Token id", "Expert id", "Number of experts"
+"""Titles of types whose limits are the model's: server/openapi.py fills them in."""
+
+
+def absent(description: str, default: float | None = None) -> Any:
+    """The value of a field that may be left out. `default` is what that means; it is told, and set elsewhere."""
+    return Field(None, description=description, json_schema_extra=None if default is None else {"default": default})
+
 
 def expect(what: str) -> WrapValidator:
     """Replaces whatever pydantic says of a value by "must be `what`"."""
@@ -66,7 +74,11 @@ def _valid_mask(mask: list[int] | dict[str, list[int]]) -> bool:
 Flag = Annotated[bool, expect("true or false")]
 Text = Annotated[str, expect("a string")]
 NonEmpty = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+ModelId = Annotated[str, Field(title=MODEL_ID), expect("a string")]
+TokenId = Annotated[int, Field(title=TOKEN_ID, json_schema_extra={"minimum": 0})]
+"""Only the vocabulary can tell whether it is one, and then says so with its size."""
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+AnyTokenIds = Annotated[list[TokenId], Field(fail_fast=True), expect("a list of token ids")]
 Prompt = Annotated[
     Annotated[NonEmpty, Tag("text")]
     | Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True), Tag("texts")]
@@ -87,7 +99,7 @@ RepetitionPenalty = Annotated[float, Field(gt=0, le=2), expect("a number over 0 
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), expect(f"an integer from 0 to {MAX_LOGPROBS}")]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
-    Field(max_length=MAX_LOGIT_BIAS),
+    Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,19}$"}}),
     check(f"an object of up to {MAX_LOGIT_BIAS} token ids, each with a number from -100 to 100", _valid_bias),
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -96,7 +108,7 @@ Stop = Annotated[
     expect(f"a string or up to {MAX_STOP_STRINGS} strings, each of 1 to {MAX_STOP_LENGTH} characters"),
 ]
 StopTokenIds = Annotated[
-    list[Annotated[int, Field(ge=0)]],
+    list[Annotated[TokenId, Field(ge=0)]],
     Field(max_length=MAX_STOP_TOKEN_IDS),
     expect(f"a list of up to {MAX_STOP_TOKEN_IDS} token ids"),
 ]
@@ -105,10 +117,16 @@ Priority = Annotated[int, Field(ge=-(2**31), lt=2**31), expect("a signed integer
 CacheSalt = Annotated[
     str, Field(min_length=1, max_length=MAX_STOP_LENGTH), expect(f"a string of 1 to {MAX_STOP_LENGTH} characters")
 ]
-ExpertCount = Annotated[int, Field(ge=1, lt=2**31), expect("an integer, 1 or more")]
-ExpertIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_MASK, fail_fast=True)]
+ExpertCount = Annotated[int, Field(ge=1, lt=2**31, title=EXPERT_COUNT), expect("an integer, 1 or more")]
+ExpertIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31, title=EXPERT_ID)]], Field(max_length=MAX_MASK, fail_fast=True)
+]
 ExpertMask = Annotated[
-    ExpertIds | Annotated[dict[str, ExpertIds], Field(max_length=MAX_MASK)],
+    ExpertIds
+    | Annotated[
+        dict[str, ExpertIds],
+        Field(max_length=MAX_MASK, json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}}),
+    ],
     check('a list of forbidden expert ids, or an object of such lists by layer, as {"0": [3, 5]}', _valid_mask),
 ]
 CapacityFactor = Annotated[float, Field(gt=0, allow_inf_nan=False), expect("a finite number above 0")]

@@ -12,9 +12,11 @@ from fastapi import APIRouter, Request, Response
 from engine.text import Tokenizer
 from server import answers
 from server.choices import Echo, ScoredToken
+from server.edge.salt import salted
 from server.job import Job, JobSpec
 from server.json_io import JsonResponse
 from server.logprobs import completion_logprobs
+from server.openapi import responses
 from server.protocol.completion import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from server.routes.json_route import JsonRoute
 from server.routing import trace
@@ -25,14 +27,21 @@ from server.stream import DONE, ChunkWriter, EventStream
 def router(service: Service) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute)
 
-    @routes.post("/v1/completions", responses={200: {"model": Completion}})
+    @routes.post(
+        "/v1/completions",
+        summary="Continue a prompt",
+        responses=responses(Completion, 400, 404, 415, 429, chunk=Completion),
+    )
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         model = service.check_model(body.model)
         service.check_admission()
         prompts = await asyncio.to_thread(_encode, service.tokenizer, body)
-        spec = _spec(service, body, prompts)
+        constraint = body.grammar_spec
+        grammar = None if constraint is None else await service.constrain(constraint, param=body.grammar_param)
+        spec = _spec(service, body, prompts, grammar)
         writer = CompletionWriter(service.tokenizer, body, spec.id, model)
-        job = Job(service, spec)
+        job = Job(service, salted(spec, request))
+        request.state.usage = lambda: job.usage  # for the access log
         if body.stream:
             return EventStream(writer.stream(job), job.close)
         found = await answers.collect(job, request.receive)
@@ -106,7 +115,7 @@ def _encode(tokenizer: Tokenizer, body: CompletionRequest) -> list[Echo]:
     return prompts
 
 
-def _spec(service: Service, body: CompletionRequest, prompts: Sequence[Echo]) -> JobSpec:
+def _spec(service: Service, body: CompletionRequest, prompts: Sequence[Echo], grammar: str | None) -> JobSpec:
     scores = body.logprobs
     if body.num_generated > body.num_choices and scores is None:
         scores = 0  # to choose the best by
@@ -126,6 +135,7 @@ def _spec(service: Service, body: CompletionRequest, prompts: Sequence[Echo]) ->
         num_choices=body.num_generated,
         priority=body.priority or 0,
         cache_salt=body.cache_salt,
+        grammar=grammar,
         steering=body.steering,
         trace_routing=bool(body.routing),
         trace_prompt_routing=bool(body.routing_prompt),

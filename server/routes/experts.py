@@ -9,20 +9,26 @@ from fastapi import APIRouter, Query, Response
 
 from engine.types import CapacityWhatIf, ExpertReport
 from server.json_io import JsonResponse
+from server.openapi import responses
 from server.protocol import fields
 from server.protocol.routing import Overflow, WhatIf
+from server.protocol.status import Reset
 from server.service import Service
+
+_FACTOR = "Tokens that an expert would take of a batch, over an even share."
 
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/v1/experts", responses={200: {"model": ExpertReport}})
+    @routes.get("/v1/experts", summary="How evenly the experts work", responses=responses(ExpertReport, 400))
     async def experts() -> Response:
         return JsonResponse(await service.experts.report())
 
-    @routes.get("/v1/experts/what_if", responses={200: {"model": WhatIf}})
-    async def what_if(capacity_factor: Annotated[fields.CapacityFactor, Query()]) -> Response:
+    @routes.get(
+        "/v1/experts/what_if", summary="What a capacity limit would have dropped", responses=responses(WhatIf, 400)
+    )
+    async def what_if(capacity_factor: Annotated[fields.CapacityFactor, Query(description=_FACTOR)]) -> Response:
         found = await service.experts.what_if(capacity_factor)
         answer: WhatIf = {
             "capacity_factor": found.capacity_factor,
@@ -32,10 +38,11 @@ def router(service: Service) -> APIRouter:
         }
         return JsonResponse(answer)
 
-    @routes.post("/v1/experts/reset")
+    @routes.post("/v1/experts/reset", summary="Start the totals anew", responses=responses(Reset, 400))
     async def reset() -> Response:
         await service.experts.reset()
-        return JsonResponse({"status": "reset"})
+        answer: Reset = {"status": "reset"}
+        return JsonResponse(answer)
 
     return routes
 

@@ -10,6 +10,8 @@ from fastapi import APIRouter, Response
 
 from server.errors import ApiError
 from server.json_io import JsonResponse
+from server.openapi import responses
+from server.protocol.status import Health, Readiness, Version
 from server.service import Service
 from server.version import VERSION
 
@@ -22,19 +24,22 @@ def router(service: Service) -> APIRouter:
             reason = service.engine.error or "the engine does not answer"
             raise ApiError(503, f"Not healthy: {reason}.", code="engine_dead")
 
-    @routes.get("/health")
+    @routes.get("/health", summary="Is the engine alive?", responses=responses(Health))
     async def health() -> Response:
         check_engine()
-        return JsonResponse({"status": "ok"})
+        answer: Health = {"status": "ok"}
+        return JsonResponse(answer)
 
-    @routes.get("/ready")
+    @routes.get("/ready", summary="Would a request be taken now?", responses=responses(Readiness))
     async def ready() -> Response:
         check_engine()
         service.check_admission()
-        return JsonResponse({"status": "ready"})
+        answer: Readiness = {"status": "ready"}
+        return JsonResponse(answer)
 
-    @routes.get("/version")
+    @routes.get("/version", summary="The server's version", responses=responses(Version))
     async def version() -> Response:
-        return JsonResponse({"version": VERSION})
+        answer: Version = {"version": VERSION}
+        return JsonResponse(answer)
 
     return routes

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
 
 from server.json_io import JsonResponse
+from server.openapi import responses
+from server.protocol.fields import MODEL_ID
 from server.protocol.models import ModelCard, ModelList
 from server.service import Service
 
@@ -25,13 +29,13 @@ def router(service: Service) -> APIRouter:
             found["routing_simulation"] = info.routing_simulation
         return found
 
-    @routes.get("/v1/models", responses={200: {"model": ModelList}})
+    @routes.get("/v1/models", summary="The served model, in a list", responses=responses(ModelList))
     async def list_models() -> Response:
         models: ModelList = {"object": "list", "data": [card()]}
         return JsonResponse(models)
 
-    @routes.get("/v1/models/{model_id:path}", responses={200: {"model": ModelCard}})
-    async def retrieve_model(model_id: str) -> Response:
+    @routes.get("/v1/models/{model_id:path}", summary="The served model", responses=responses(ModelCard, 404))
+    async def retrieve_model(model_id: Annotated[str, Path(title=MODEL_ID)]) -> Response:
         service.check_model(model_id)
         return JsonResponse(card())
 

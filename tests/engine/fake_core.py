@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
+from engine.grammar.vocabulary import GrammarVocabulary
 from engine.types import (
     CapacityWhatIf,
     EngineInfo,
@@ -97,6 +98,9 @@ class FakeCore:
     @property
     def has_work(self) -> bool:
         return bool(self._live)
+
+    def use_vocabulary(self, vocabulary: GrammarVocabulary) -> None:
+        """This core follows no grammar."""
 
     def add(self, request: Request) -> None:
         assert request.request_id not in self._live

@@ -12,6 +12,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import ConfigurationError, ContextLengthError, EngineError, InvalidRequestError, RequestFailedError
+from engine.grammar.vocabulary import GrammarVocabulary
 from engine.llm import LLM
 from engine.types import EngineInfo, FinishReason, Request, SamplingParams, Steering, TokenEvent, TokenLogprobs
 from tests.engine.infos import engine_info
@@ -41,6 +42,9 @@ class ScriptedCore:
     @property
     def has_work(self) -> bool:
         return bool(self.live)
+
+    def use_vocabulary(self, vocabulary: GrammarVocabulary) -> None:
+        """This core follows no grammar."""
 
     def add(self, request: Request) -> None:
         self.requests.append(request)

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from engine.errors import EngineDeadError
 from engine.stream import MAX_PENDING_EVENTS, Mailbox, merge
 from engine.types import FinishReason, TokenEvent, TokenLogprobs
 from tests.engine.engines import in_loop
@@ -47,3 +48,33 @@ async def test_a_mailbox_stays_small() -> None:
     assert (await mailbox.take()).token_ids == tuple(range(10 * MAX_PENDING_EVENTS + 5))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(mailbox.take(), 0.01)
+
+
+@in_loop
+async def test_a_reader_that_waits_is_woken() -> None:
+    mailbox = Mailbox("a")
+    gone = asyncio.create_task(mailbox.take())
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.sleep(0)
+    mailbox.put(TokenEvent(request_id="a", token_ids=(1,)))  # which that reader does not get
+    assert (await mailbox.take()).token_ids == (1,)
+    waiting = asyncio.create_task(mailbox.take())
+    await asyncio.sleep(0)
+    mailbox.put(TokenEvent(request_id="a", token_ids=(2,)))
+    mailbox.put(TokenEvent(request_id="a", token_ids=(3,)))
+    mailbox.fail("it broke")
+    assert (await waiting).token_ids == (2, 3)
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match="it broke"):
+            await mailbox.take()
+
+
+@in_loop
+async def test_a_failure_wakes_a_reader() -> None:
+    mailbox = Mailbox("a")
+    waiting = asyncio.create_task(mailbox.take())
+    await asyncio.sleep(0)
+    mailbox.fail("it broke")
+    with pytest.raises(EngineDeadError, match="it broke"):
+        await asyncio.wait_for(waiting, 5)

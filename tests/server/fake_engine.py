@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import EngineDeadError, EngineOverloadedError, InvalidRequestError, RequestFailedError
+from engine.grammar.vocabulary import GrammarVocabulary
 from engine.types import (
     CapacityWhatIf,
     EngineInfo,
@@ -137,6 +138,9 @@ class FakeEngine:
 
     def resume(self) -> None:
         self._resumed.set()
+
+    def use_vocabulary(self, vocabulary: GrammarVocabulary) -> None:
+        self.vocabulary = vocabulary
 
     def submit(self, request: Request) -> AsyncIterator[TokenEvent]:
         if self.error is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import httpx2
+from fastapi import FastAPI
 
 from engine.text import Tokenizer
 from server.app import create_app
@@ -33,6 +35,8 @@ class Live:
     service: Service
     client: httpx2.Client
     loop: asyncio.AbstractEventLoop
+    app: FastAPI
+    http: HttpServer
 
     def call(self, function: Callable[[], T]) -> T:
         async def run() -> T:
@@ -80,22 +84,26 @@ def _ok(response: httpx2.Response) -> dict[str, Any]:
 
 @contextmanager
 def live_server(
-    make_engine: Callable[[], FakeEngine], tokenizer: Tokenizer, config: ServerConfig | None = None
+    make_engine: Callable[[], FakeEngine],
+    tokenizer: Tokenizer,
+    config: ServerConfig | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[Live]:
     """Serve until the block ends. `make_engine` runs in the server's thread."""
     config = replace(config or ServerConfig(served_model_name=MODEL))
     sock = listen("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    url = f"{'http' if tls is None else 'https'}://127.0.0.1:{sock.getsockname()[1]}"
     started = threading.Event()
     made: dict[str, Any] = {}
 
     async def main() -> None:
         engine = make_engine()
         app = create_app(engine, tokenizer, config)
-        http = HttpServer(app, on_signal=lambda: None)
-        made.update(engine=engine, service=app.state.service, http=http, loop=asyncio.get_running_loop())
+        http = HttpServer(app, lambda: None, config.edge, tls)
+        made.update(engine=engine, app=app, service=app.state.service, http=http, loop=asyncio.get_running_loop())
         started.set()
         await http.serve(sockets=[sock])
+        await app.state.service.close()
         await engine.shutdown()
 
     thread = threading.Thread(target=asyncio.run, args=(main(),))
@@ -103,7 +111,7 @@ def live_server(
     try:
         assert started.wait(10)
         with httpx2.Client(base_url=url, timeout=20) as client:
-            yield Live(url, made["engine"], made["service"], client, made["loop"])
+            yield Live(url, made["engine"], made["service"], client, made["loop"], made["app"], made["http"])
     finally:
         made["http"].should_exit = True
         thread.join(10)
@@ -121,7 +129,8 @@ def error_of(response: httpx2.Response, status: int) -> dict[str, Any]:
     assert isinstance(error["message"], str)
     assert error["message"]
     assert "\n" not in error["message"]
-    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error"
+    assert error["type"] == ("server_error" if status >= 500 else kind)
     return error
 
 

@@ -232,6 +232,35 @@ def test_an_echo_comes_first_and_moves_the_offsets(tokenizer: Tokenizer) -> None
     assert choice.num_tokens == 2, "the echoed prompt is not generated"
 
 
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("Say</s>no more", ["", "Say", "</s>", "no", " more"]),  # the tokenizer puts a space before "no"
+        ("Say</s> no", ["", "Say", "</s>", " ", "no"]),
+        ("</s>é</s></s>", ["", "</s>", "é", "</s>", "</s>"]),
+    ],
+)
+def test_a_control_token_written_in_an_echoed_prompt_has_its_place(
+    tokenizer: Tokenizer, text: str, pieces: list[str]
+) -> None:
+    assert echoed_pieces(tokenizer, Echo(text, tuple(tokenizer.encode(text)))) == pieces
+
+
+def test_a_control_token_given_as_an_id_has_none(tokenizer: Tokenizer) -> None:
+    prompt = tokenizer.encode("Say</s>no")
+    assert echoed_pieces(tokenizer, Echo(tokenizer.decode(prompt), tuple(prompt))) == ["", "Say", "", " no"]
+
+
+def echoed_pieces(tokenizer: Tokenizer, echo: Echo) -> list[str]:
+    """The echoed text, cut where the offsets of its tokens say."""
+    choice = Choice(0, tokenizer, SamplingParams(logprobs=1, prompt_logprobs=1), chat=False, echo=echo)
+    delta = choice.push(event([], prompt=list(echo.prompt_ids), finish=FinishReason.LENGTH))[0]
+    assert [token.token_id for token in delta.tokens] == list(echo.prompt_ids)
+    return [
+        echo.text[start:end] for start, end in pairwise([*(token.offset for token in delta.tokens), len(echo.text)])
+    ]
+
+
 def test_an_echo_without_scores(tokenizer: Tokenizer) -> None:
     choice = Choice(0, tokenizer, SamplingParams(), chat=False, echo=Echo("Say", (1, 5)))
     deltas = choice.push(event([], logprobs=False, finish=FinishReason.LENGTH))

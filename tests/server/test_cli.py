@@ -19,7 +19,7 @@ from engine.config import EngineConfig
 from engine.plan import params_by_kind
 from engine.text import Tokenizer
 from server.cli import cache_dir, main
-from server.config import SamplingDefaults, ServerConfig
+from server.config import EdgeConfig, SamplingDefaults, ServerConfig
 from server.options import build_parser, engine_config
 from server.run import Prepared, listen
 from tests.server.conftest import MIXTRAL
@@ -61,7 +61,9 @@ def parse(*argv: str) -> EngineConfig:
     def nothing(_: Any) -> int:
         return 0
 
-    parser = build_parser(serve=nothing, plan=nothing, upcycle=nothing)
+    parser = build_parser(
+        serve=nothing, chat=nothing, plan=nothing, upcycle=nothing, bench_serve=nothing, bench_offline=nothing
+    )
     return engine_config(parser.parse_args(["serve", *argv]), Path("/checkpoint"))
 
 
@@ -72,7 +74,6 @@ def parse(*argv: str) -> EngineConfig:
         ["nothing"],
         ["serve", "m", "more"],
         ["serve", "--unknown"],
-        ["serve", "--api-key", "x"],
         ["serve", "--quantization", "fp8"],
         ["serve", "--max-model", "5"],  # no abbreviations
         ["serve", "--port", "x"],
@@ -93,6 +94,7 @@ def parse(*argv: str) -> EngineConfig:
         ["serve", "--shutdown-timeout", "-1"],
         ["serve", "--shutdown-timeout", "inf"],
         ["serve", "--chat-template", "/no/such/file"],
+        ["serve", "--tool-call-parser", "pythonic"],
         ["serve", "--seed", "-1"],
         ["serve", "--router", "random"],
         ["serve", "--capacity-factor", "0"],
@@ -100,6 +102,14 @@ def parse(*argv: str) -> EngineConfig:
         ["serve", "--capacity-factor", "inf"],
         ["serve", "--routing-simulation", "odd"],
         ["serve", "--record-routing=no"],
+        ["chat", "model"],
+        ["chat", "--url", "127.0.0.1:8000"],
+        ["chat", "--url", "ftp://127.0.0.1"],
+        ["chat", "--url", "http://"],
+        ["chat", "--url", "http://x:99999"],
+        ["chat", "--temperature", "2.1"],
+        ["chat", "--max-tokens", "0"],
+        ["chat", "--seed", "x"],
         ["plan"],
         ["plan", "m", "--memory", "lots"],
         ["plan", "m", "--kv-cache-dtype", "fp8"],
@@ -122,7 +132,7 @@ def test_a_whole_process_exits_2_and_is_quick_about_help() -> None:
     assert run("serve", "--unknown").returncode == 2
     result = run("--help")
     assert result.returncode == 0
-    assert all(command in result.stdout for command in ("serve", "plan", "upcycle"))
+    assert all(command in result.stdout for command in ("serve", "chat", "plan", "upcycle"))
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -210,8 +220,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, Tokenize
     """What the serve command would serve; nothing is loaded."""
     calls: list[tuple[ServerConfig, Tokenizer]] = []
 
-    def serve(_: socket.socket, prepare: Callable[[], Prepared]) -> int:
+    def serve(_: socket.socket, prepare: Callable[[], Prepared], edge: EdgeConfig, __: object) -> int:
         prepared = prepare()
+        assert prepared.config.edge is edge
         calls.append((prepared.config, prepared.tokenizer))
         return 0
 
@@ -235,6 +246,13 @@ def test_the_served_name_and_the_defaults(served: list[tuple[ServerConfig, Token
     assert [config.served_model_name for config, _ in served] == [folder, "mine"]
     assert [config.shutdown_timeout for config, _ in served] == [ServerConfig(served_model_name="").shutdown_timeout, 7]
     assert served[0][0].sampling_defaults == SamplingDefaults(temperature=0.6)
+
+
+def test_the_format_of_tool_calls(served: list[tuple[ServerConfig, Tokenizer]], tmp_path: Path) -> None:
+    model_folder(tmp_path)
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 0
+    assert main(["serve", str(tmp_path), "--port", "0", "--tool-call-parser", "mistral"]) == 0
+    assert [config.tool_call_parser for config, _ in served] == ["auto", "mistral"]
 
 
 def test_another_tokenizer_and_template(served: list[tuple[ServerConfig, Tokenizer]], tmp_path: Path) -> None:

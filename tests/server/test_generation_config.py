@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from server.config import SamplingDefaults
-from server.generation_config import sampling_defaults
+from server.generation_config import chosen_defaults, sampling_defaults
+from weights.errors import CheckpointError
 
 
 def write(folder: Path, content: Any) -> Path:
@@ -67,3 +68,19 @@ def test_wishes_are_defaults_and_no_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("do_sample", "temperature"), [(False, 0), (True, 0.7), (None, 0.7), (0, 0.7)])
 def test_a_checkpoint_that_does_not_sample_is_greedy(do_sample: object, temperature: float, tmp_path: Path) -> None:
     assert sampling_defaults(write(tmp_path, {"temperature": 0.7, "do_sample": do_sample})).temperature == temperature
+
+
+def test_whose_defaults(tmp_path: Path) -> None:
+    checkpoint, other, empty = (tmp_path / name for name in ("checkpoint", "other", "empty"))
+    for folder in (checkpoint, other, empty):
+        folder.mkdir()
+    write(checkpoint, {"temperature": 0.5})
+    write(other, {"top_k": 9})
+    assert chosen_defaults("auto", checkpoint) == SamplingDefaults(temperature=0.5)
+    assert chosen_defaults("auto", empty) == SamplingDefaults()
+    assert chosen_defaults("vllm", checkpoint) == SamplingDefaults()
+    assert chosen_defaults(str(other), checkpoint) == SamplingDefaults(top_k=9)
+    for wrong in (str(empty), str(tmp_path / "no"), str(other / "generation_config.json"), ""):
+        with pytest.raises(CheckpointError, match=r"no generation_config\.json") as caught:
+            chosen_defaults(wrong, checkpoint)
+        assert "\n" not in str(caught.value)

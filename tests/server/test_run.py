@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from engine.errors import ConfigurationError
 from engine.text import Tokenizer
 from server.config import ServerConfig
 from server.run import ListenError, Prepared, listen, serve
+from tests.server.edge.certificates import make_certificate
 from tests.server.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parent.parent.parent
@@ -198,16 +200,50 @@ def test_loading_is_alive_but_not_ready_and_can_be_ended(start: Start) -> None:
     assert server.exit_code(within=4) == 0
 
 
+def test_https_with_a_key(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    port = free_port()
+    argv = [sys.executable, "-m", "tests.server.serve_fake", str(port), "0", "30", str(certificate), str(key)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = f"https://127.0.0.1:{port}"
+        with httpx2.Client(verify=ssl.create_default_context(cafile=str(certificate))) as client:
+            end = time.monotonic() + 15
+            while not _is_ready(client, url):
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            assert client.get(f"{url}/v1/models", headers={"X-Request-Id": "mine"}).status_code == 401
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=5)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
+    assert f"Serving on {url}." in output
+    assert f'curl -N {url}/v1/chat/completions -H "Authorization: Bearer $MIXSERVE_API_KEY"' in output
+    logged = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+    assert [line["status"] for line in logged if line["request_id"] == "mine"] == [401]
+    assert "secret" not in output + errors
+
+
+def _is_ready(client: httpx2.Client, url: str) -> bool:
+    try:
+        return client.get(f"{url}/ready").status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
 def test_an_engine_that_does_not_start(tokenizer: Tokenizer) -> None:
     async def start_engine() -> FakeEngine:
         await asyncio.sleep(0.05)
         raise ConfigurationError("no such device")
 
+    config = ServerConfig(served_model_name="fake")
     with (
         listen("127.0.0.1", 0) as sock,
         pytest.raises(ConfigurationError, match="no such device"),
     ):
-        serve(sock, lambda: Prepared(ServerConfig(served_model_name="fake"), tokenizer, start_engine))
+        serve(sock, lambda: Prepared(config, tokenizer, start_engine), config.edge)
 
 
 def test_a_busy_port() -> None:

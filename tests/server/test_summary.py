@@ -14,7 +14,7 @@ from tests.server.fake_engine import fake_info
 
 
 def test_it_says_what_was_loaded_and_where_memory_went() -> None:
-    text = summary(fake_info(), model_name="the model", url="http://127.0.0.1:8000", chat=True)
+    text = summary(fake_info(), model_name="the model", url="http://127.0.0.1:8000", chat=True, needs_key=False)
     for part in (
         "the model: mixtral, 3.0 M parameters, 1.0 M active",
         "top-2 of 8 experts",
@@ -32,7 +32,7 @@ def test_it_says_what_was_loaded_and_where_memory_went() -> None:
 
 def test_nothing_to_load_takes_no_time() -> None:
     info = replace(fake_info(), load_seconds=0.0, load_bytes=0)
-    assert "(0.00 GB/s)" in summary(info, model_name="m", url="http://x", chat=True)
+    assert "(0.00 GB/s)" in summary(info, model_name="m", url="http://x", chat=True, needs_key=False)
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_nothing_to_load_takes_no_time() -> None:
     ],
 )
 def test_it_says_how_it_routes(fields: dict[str, Any], line: str) -> None:
-    text = summary(replace(fake_info(), **fields), model_name="m", url="http://x", chat=True)
+    text = summary(replace(fake_info(), **fields), model_name="m", url="http://x", chat=True, needs_key=False)
     assert f"  routing   {line}\n" in text
     assert "SIMULATED" not in text
 
 
 def test_simulated_routing_is_not_to_be_overlooked() -> None:
     info = replace(fake_info(), router="even", routing_simulation="even")
-    text = summary(info, model_name="m", url="http://x", chat=True)
+    text = summary(info, model_name="m", url="http://x", chat=True, needs_key=False)
     assert "  routing   simulated (even), recorded\n" in text
     assert "!!! ROUTING IS SIMULATED (even)" in text
     assert "answers mean nothing" in text
@@ -67,7 +67,7 @@ def test_simulated_routing_is_not_to_be_overlooked() -> None:
 
 @pytest.mark.parametrize(("chat", "path"), [(True, "/v1/chat/completions"), (False, "/v1/completions")])
 def test_the_line_to_try_is_a_command(chat: bool, path: str) -> None:
-    text = summary(fake_info(), model_name='it\'s a "model"', url="http://127.0.0.1:8000", chat=chat)
+    text = summary(fake_info(), model_name='it\'s a "model"', url="http://127.0.0.1:8000", chat=chat, needs_key=False)
     (line,) = [line for line in text.splitlines() if "curl" in line]
     words = shlex.split(line)
     assert words[:3] == ["curl", "-N", f"http://127.0.0.1:8000{path}"]

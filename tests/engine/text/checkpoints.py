@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,93 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MISTRAL_TOOLS = """\
+{%- if messages[0].role == "system" %}{% set system = messages[0].content %}{% set turns = messages[1:] %}
+{%- else %}{% set turns = messages %}{% endif %}
+{%- set asked = turns | selectattr("role", "equalto", "user") | list %}
+{%- set ns = namespace(index=0) %}
+{%- for m in turns %}
+    {%- if not (m.role == "tool" or (m.tool_calls is defined and m.tool_calls is not none)) %}
+        {%- if (m.role == "user") != (ns.index % 2 == 0) %}{{ raise_exception("roles must alternate") }}{% endif %}
+        {%- set ns.index = ns.index + 1 %}
+    {%- endif %}
+{%- endfor %}
+{{- bos_token }}
+{%- for m in turns %}
+    {%- if m.role == "user" %}
+        {%- if tools is not none and m == asked[-1] %}
+            {{- "[AVAILABLE_TOOLS][" }}
+            {%- for tool in tools %}
+                {{- '{"type": "function", "function": {' }}
+                {%- for key, value in tool.function.items() %}
+                    {%- if value is string %}{{ '"' + key + '": "' + value + '"' }}
+                    {%- else %}{{ '"' + key + '": ' + value | tojson }}{% endif %}
+                    {{- ", " if not loop.last }}
+                {%- endfor %}
+                {{- "}}" + (", " if not loop.last else "") }}
+            {%- endfor %}
+            {{- "][/AVAILABLE_TOOLS]" }}
+        {%- endif %}
+        {{- "[INST]" + (system + "\n\n" if loop.last and system is defined else "") + m.content + "[/INST]" }}
+    {%- elif m.tool_calls is defined and m.tool_calls is not none %}
+        {{- "[TOOL_CALLS][" }}
+        {%- for call in m.tool_calls %}
+            {%- if call.id is not defined or call.id | length != 9 %}{{ raise_exception("9 letters") }}{% endif %}
+            {%- set out = call.function | tojson %}
+            {{- out[:-1] + ', "id": "' + call.id + '"}' + (", " if not loop.last else "]" + eos_token) }}
+        {%- endfor %}
+    {%- elif m.role == "assistant" %}{{ m.content | trim + eos_token }}
+    {%- elif m.role == "tool" %}
+        {%- if m.tool_call_id | length != 9 %}{{ raise_exception("9 letters") }}{% endif %}
+        {{- '[TOOL_RESULTS]{"content": ' + m.content | string }}
+        {{- ', "call_id": "' + m.tool_call_id + '"}[/TOOL_RESULTS]' }}
+    {%- else %}{{ raise_exception("no such role") }}{% endif %}
+{%- endfor %}
+"""
+"""After Mistral 7B Instruct v0.3 and Mixtral 8x22B Instruct."""
+MISTRAL_MARKERS = tuple(
+    f"[{name}]"
+    for name in ("INST", "/INST", "TOOL_CALLS", "AVAILABLE_TOOLS", "/AVAILABLE_TOOLS", "TOOL_RESULTS", "/TOOL_RESULTS")
+)
+HERMES_TOOLS = """\
+{%- if tools %}
+    {{- "<|im_start|>system\n" + (messages[0].content + "\n\n" if messages[0].role == "system" else "") }}
+    {{- "# Tools\n<tools>" }}
+    {%- for tool in tools %}{{ "\n" }}{{ tool | tojson }}{% endfor %}
+    {{- '\n</tools>\nAnswer with\n<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call><|im_end|>\n' }}
+{%- elif messages[0].role == "system" %}
+    {{- "<|im_start|>system\n" + messages[0].content + "<|im_end|>\n" }}
+{%- endif %}
+{%- for m in messages %}
+    {%- if m.role == "user" or (m.role == "assistant" and not m.tool_calls) %}
+        {{- "<|im_start|>" + m.role + "\n" + m.content + "<|im_end|>\n" }}
+    {%- elif m.role == "assistant" %}
+        {{- "<|im_start|>assistant" + ("\n" + m.content if m.content else "") }}
+        {%- for call in m.tool_calls %}
+            {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson + "}\n</tool_call>" }}
+        {%- endfor %}
+        {{- "<|im_end|>\n" }}
+    {%- elif m.role == "tool" %}
+        {%- if loop.first or messages[loop.index0 - 1].role != "tool" %}{{ "<|im_start|>user" }}{% endif %}
+        {{- "\n<tool_response>\n" + m.content + "\n</tool_response>" }}
+        {%- if loop.last or messages[loop.index0 + 1].role != "tool" %}{{ "<|im_end|>\n" }}{% endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}
+"""
+"""After Hermes 2 Pro and Qwen2.5."""
+HERMES_MARKERS = ("<tool_call>", "</tool_call>")
 WORDS = ("he", "ll", "hell", "hello", "in", "im", "end", "Ġw", "Ġworld", "ST", "OP", "STOP")
 
 
-def byte_level(folder: Path, *, specials_special: bool = True, **config: Any) -> Path:
-    """Byte-level BPE with ids 0-255 for bytes, a few words, then <s>, <|im_start|>, <|im_end|>: under 280 tokens."""
+def byte_level(
+    folder: Path, *, specials_special: bool = True, added: Mapping[str, bool] | None = None, **config: Any
+) -> Path:
+    """Byte-level BPE with ids 0-255 for bytes, a few words, then <s>, <|im_start|>, <|im_end|>: under 280 tokens.
+
+    `added`: more tokens, and whether they are special.
+    """
     vocab = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
     merges = []
     for word in WORDS:
@@ -43,6 +126,8 @@ def byte_level(folder: Path, *, specials_special: bool = True, **config: Any) ->
     tokenizer.add_special_tokens(["<s>"])
     for text in ("<|im_start|>", "<|im_end|>"):
         tokenizer.add_tokens([AddedToken(text, special=specials_special, normalized=False)])
+    for text, special in (added or {}).items():
+        tokenizer.add_tokens([AddedToken(text, special=special, normalized=False)])
     bos = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)])
     return _write(folder, tokenizer, {"bos_token": "<s>", "eos_token": "<|im_end|>", **config})

@@ -108,3 +108,17 @@ def test_one_leading_space_is_dropped_and_no_more(mixtral: Tokenizer) -> None:
 
 def test_byte_level_keeps_the_leading_space(chatml: Tokenizer) -> None:
     assert "".join(texts(chatml, chatml.encode(" world"), drop=True)) == " world"
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_marks_go_before_the_tokens_own_text(mixtral: Tokenizer, skip: bool) -> None:
+    detokenizer = Detokenizer(
+        mixtral.vocabulary, skip_special_tokens=skip, drop_leading_space=True, marks={1: "\ufdd0", 22557: "x"}
+    )
+    assert [detokenizer.push(token_id) for token_id in (1, 22557, 2, 22557)] == [
+        "\ufdd0",
+        "x",
+        "" if skip else "</s>",
+        "x",
+    ]
+    assert detokenizer.finish() == ""

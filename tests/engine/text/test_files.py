@@ -97,5 +97,9 @@ def test_templates_that_are_none(folder: Path, tmp_path: Path) -> None:
         folder, r"^chat template 'nowhere\.jinja': neither a Jinja template nor a file$", chat_template="nowhere.jinja"
     )
     refused(byte_level(tmp_path / "other", chat_template=7), "chat_template must be a string or a list")
+    named: list[Any] = [{"name": "default", "template": "{{ 1 }}"}, {"name": "tool_use", "template": 7}]
+    refused(byte_level(tmp_path / "named", chat_template=named), "chat_template must be a string or a list")
+    named = [named[0], {"name": "tool_use", "template": "{% for %}"}]
+    refused(byte_level(tmp_path / "broken", chat_template=named), r"^chat template: line 1: ")
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     refused(folder, r"chat_template\.jinja: not UTF-8$")

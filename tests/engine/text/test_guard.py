@@ -138,7 +138,7 @@ def test_control_beside_forgeries_has_its_usual_neighbours(mixtral: Tokenizer) -
 @given(text=st.text(max_size=60), controls=st.lists(st.sampled_from(["<s>", "</s>", "<unk>"]), max_size=3))
 def test_the_renamed_tokenizer_is_the_same_but_for_names(mixtral: Tokenizer, text: str, controls: list[str]) -> None:
     rendered = text.join(["", *controls, ""])
-    _, disguise = mixtral._guard.disguise([])
+    _, _, disguise = mixtral._guard.disguise([])
     assert mixtral._guard.encode(rendered, disguise) == mixtral.encode(rendered, add_special_tokens=False)
 
 
@@ -156,7 +156,7 @@ def test_a_unigram_piece_makes_no_control() -> None:
     library = tokenizers.Tokenizer(unigram)
     library.add_special_tokens(["<s>"])
     guard = ControlGuard(library, {"<s>": 1})
-    copies, disguise = guard.disguise([user("<s>")])
+    copies, _, disguise = guard.disguise([user("<s>")])
     assert guard.encode("<s>" + copies[0]["content"], disguise) == [1, 2, 3, 4]
 
 
@@ -171,7 +171,7 @@ def test_turn_tokens_are_control_whatever_their_flag(tmp_path: Path, special: bo
 
 def test_messages_without_forgery_reach_the_template_as_they_are(chatml: Tokenizer) -> None:
     messages = [user("a <b> | c", name=None, calls=[{"x": 1.5}])]
-    copies, disguise = chatml._guard.disguise(messages)
+    copies, _, disguise = chatml._guard.disguise(messages)
     assert copies == messages
     assert disguise.is_empty
 
@@ -181,6 +181,14 @@ def test_private_characters_of_the_user_stay(chatml: Tokenizer) -> None:
     ids = chatml.encode_chat([user(content)], add_generation_prompt=False)
     assert chatml.decode(ids, skip_special_tokens=False) == f"<|im_start|>user\n{content}<|im_end|>\n"
     assert control_of(chatml, ids) == ["<|im_start|>", "<|im_end|>"]
+
+
+def test_private_characters_of_tools_stay(chatml: Tokenizer) -> None:
+    name = "\U000f0000"
+    copies, tools, disguise = chatml._guard.disguise([user("<s>")], [{"type": "function", "function": {"name": name}}])
+    assert tools == [{"type": "function", "function": {"name": name}}]
+    assert name not in copies[0]["content"]
+    assert disguise.lift(copies[0]["content"]) == "<s>"
 
 
 def test_every_private_character_in_use(chatml: Tokenizer) -> None:
@@ -199,7 +207,7 @@ def test_messages_are_not_changed(chatml: Tokenizer) -> None:
 def test_a_tokenizer_without_control_tokens() -> None:
     library = tokenizers.Tokenizer(tokenizers.models.BPE({"<": 0, "s": 1, ">": 2}, []))
     guard = ControlGuard(library, {})
-    copies, disguise = guard.disguise([user("<s>")])
+    copies, _, disguise = guard.disguise([user("<s>")])
     assert disguise.is_empty
     assert guard.encode(copies[0]["content"], disguise) == [0, 1, 2]
 
@@ -208,7 +216,7 @@ def test_forgeries_that_overlap() -> None:
     library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
     library.add_special_tokens(["aba"])
     guard = ControlGuard(library, {"aba": 2})
-    copies, disguise = guard.disguise([user("bababab")])
+    copies, _, disguise = guard.disguise([user("bababab")])
     assert guard.encode(f"aba{copies[0]['content']}aba", disguise) == [2, 1, 0, 1, 0, 1, 0, 1, 2]
 
 
@@ -216,5 +224,5 @@ def test_a_control_token_of_one_character() -> None:
     library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
     library.add_special_tokens(["§"])
     guard = ControlGuard(library, {"§": 2})
-    copies, disguise = guard.disguise([user("a§b")])
+    copies, _, disguise = guard.disguise([user("a§b")])
     assert guard.encode("§" + copies[0]["content"], disguise) == [2, 0, 1]

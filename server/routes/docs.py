@@ -1,0 +1,56 @@
+"""GET /openapi.json, and /docs: the same as a page to read and to try out. Nothing of it comes from elsewhere.
+
+server/static/swagger holds index.html and init.js, which are ours, and of swagger-ui-dist 5.35.0, unchanged, the
+script, the style sheet and their licences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.staticfiles import StaticFiles
+
+from server.json_io import dump
+
+_FOLDER = Path(__file__).parent.parent / "static" / "swagger"
+
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def router(document: Callable[[], Mapping[str, Any]]) -> APIRouter:
+    """`document` makes the OpenAPI document, when it is first asked for."""
+    routes = APIRouter(include_in_schema=False)
+    static = StaticFiles(directory=_FOLDER)
+    written = cache(lambda: dump(document()))
+
+    @routes.get("/openapi.json")
+    async def openapi() -> Response:
+        return Response(await asyncio.to_thread(written), media_type="application/json")
+
+    async def file(name: str, request: Request) -> Response:
+        response = await static.get_response(name, request.scope)
+        response.headers.update(_HEADERS)
+        return response
+
+    @routes.get("/docs")
+    async def page(request: Request) -> Response:
+        return await file("index.html", request)
+
+    @routes.get("/docs/{name}")
+    async def asset(name: str, request: Request) -> Response:
+        return await file(name, request)
+
+    return routes
