@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 from engine.errors import RequestFailedError
@@ -83,6 +83,7 @@ class Choice:
         self._scores = Pending[ScoredToken]()
         self._routing = Pending[TokenTrace]()
         self._prompt_routing: tuple[TokenTrace, ...] | None = None
+        self._prompt_tokens: tuple[ScoredToken, ...] = ()
         self._started = False
         self._sum_logprobs = 0.0
         self._num_scored = 0
@@ -130,10 +131,11 @@ class Choice:
         """A delta, with what belongs to the tokens that have begun in the text given out so far: at the end, to all."""
         num_tokens = self._text.num_settled if self.finish_reason is None else self.num_tokens
         prompt_routing, self._prompt_routing = self._prompt_routing, None
+        prompt_tokens, self._prompt_tokens = self._prompt_tokens, ()
         return ChoiceDelta(
             index=self.index,
             text=text,
-            tokens=self._scores.take_up_to(num_tokens),
+            tokens=prompt_tokens + self._scores.take_up_to(num_tokens),
             routing=self._routing.take_up_to(num_tokens),
             prompt_routing=prompt_routing,
             finish_reason=finish_reason,
@@ -146,10 +148,10 @@ class Choice:
             self._prompt_routing = tuple(map(token_trace, event.prompt_routing))
         if self._echo is None:
             return []
-        tokens: tuple[ScoredToken, ...] = ()
         if event.prompt_logprobs is not None:
-            tokens = list_prompt(self._echo, event.prompt_logprobs, self._tokenizer)
-        return [replace(self._delta(self._echo.text), tokens=tokens)]
+            self._prompt_tokens = list_prompt(self._echo, event.prompt_logprobs, self._tokenizer)
+        # A prompt of control tokens given as ids has no text; its tokens then come with the next.
+        return [self._delta(self._echo.text)] if self._echo.text else []
 
     def _num_listed(self, event: TokenEvent, num_read: int) -> int:
         """How many of the event's tokens are listed: all that were read, but for the one that ended the sequence.

@@ -36,6 +36,9 @@ SLOW_SECONDS = 60.0
 
 _START_SECONDS = 30.0
 
+_SPARE_SECONDS = 0.2
+"""After so long with one grammar, the process for the next is started: by the time it is needed, it is ready."""
+
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 """Ends of the process that are not the grammar's doing."""
 
@@ -52,13 +55,14 @@ class GrammarChecker:
         self._turn = asyncio.Lock()
         self._num_waiting = 0
         self._process: asyncio.Task[Process] | None = None
+        self._spare: asyncio.Task[Process] | None = None
         self._closed = False
         self._verdicts = _Verdicts()
 
     def start(self) -> None:
         """Have the process ready before the first grammar comes."""
         if self._process is None and not self._closed:
-            self._process = asyncio.create_task(self._spawn(), name="grammar checker")
+            self._process, self._spare = self._spare or self._start(), None
 
     async def check(self, spec: GrammarSpec) -> str:
         """The text of the grammar, for a request. Raises GrammarError when it cannot be used, and EngineOverloadedError
@@ -82,15 +86,15 @@ class GrammarChecker:
         return verdict.source
 
     async def close(self) -> None:
-        """End the process, for good."""
+        """End all processes, for good."""
         self._closed = True
-        task, self._process = self._process, None
-        if task is None:
-            return
-        task.cancel()
-        (process,) = await asyncio.gather(task, return_exceptions=True)
-        if isinstance(process, Process):
-            await _end(process)
+        tasks = [task for task in (self._process, self._spare) if task is not None]
+        self._process = self._spare = None
+        for task in tasks:
+            task.cancel()
+        for process in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(process, Process):
+                await _end(process)
 
     async def _try(self, spec: GrammarSpec) -> Verdict:
         """Ask the process. Should it die or take too long, that is the verdict, and the next one gets a fresh process.
@@ -98,6 +102,7 @@ class GrammarChecker:
         So it is when the caller leaves in between: the answer that is on its way must not be the next one's.
         """
         process = await self._ready()
+        spare = asyncio.get_running_loop().call_later(_SPARE_SECONDS, self._have_spare)
         answered = False
         try:
             async with asyncio.timeout(MAX_SECONDS):
@@ -111,6 +116,7 @@ class GrammarChecker:
                 raise EngineOverloadedError("the process that compiles grammars was killed") from None
             return _TOO_LARGE
         finally:
+            spare.cancel()
             if not answered:
                 self._process = None
                 await asyncio.shield(_end(process))
@@ -132,6 +138,13 @@ class GrammarChecker:
             self._process = None  # it was ended by somebody while it had nothing to do
             self.start()
         raise EngineOverloadedError("no grammars are compiled any more")
+
+    def _have_spare(self) -> None:
+        if self._spare is None and not self._closed:
+            self._spare = self._start()
+
+    def _start(self) -> asyncio.Task[Process]:
+        return asyncio.create_task(self._spawn(), name="grammar checker")
 
     async def _spawn(self) -> Process:
         process = await asyncio.create_subprocess_exec(

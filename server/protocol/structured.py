@@ -28,7 +28,7 @@ class JsonObjectFormat(BaseModel):
 class NamedSchema(BaseModel):
     """`strict` makes no difference: every schema is enforced."""
 
-    model_config = ConfigDict(strict=True, populate_by_name=True)
+    model_config = ConfigDict(strict=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: str | None = None
@@ -56,7 +56,7 @@ _Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length
 class StructuredOutputs(BaseModel):
     """Exactly one of its fields."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     json_schema: Annotated[dict[str, Any] | bool | str, fields.expect("a JSON schema, or the text of one")] | None = (
         Field(None, alias="json", description="A JSON schema, or the text of one.")

@@ -187,8 +187,10 @@ class Chat:
                     answer.add(piece)
                     self._screen.text(piece.text)
         except ChatError as error:
-            too_long = error.code == "context_length_exceeded" or "context" in str(error)  # not all servers have codes
-            self._complain(f"{error}; /reset forgets the conversation" if too_long else str(error))
+            words = str(error)
+            if error.code == "context_length_exceeded" or "context" in words:  # not all servers have the code
+                words = f"{words.rstrip('.')}; /reset forgets the conversation"
+            self._complain(words)
             return
         except KeyboardInterrupt:
             if not self._interactive:

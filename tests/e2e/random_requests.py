@@ -10,7 +10,7 @@ from typing import Any
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
-MULTIBYTE = "é中文🎉👩‍👩‍👧ß😀ñ漢字Ω"
+MULTIBYTE = ("é", "中文", "🎉", "👩‍👩‍👧", "ß", "😀", "ñ", "漢字", "Ω", "中")
 WORDS = ("Once", " upon", " a", " time", "\n", "1, 2, 3", " é", "漢字", "🎉", " the end.", "<b>", "\t", "<|im_end|>")
 
 
@@ -60,7 +60,9 @@ class Said:
 
 
 def draw(rng: random.Random, target: Target) -> RandomRequest:
-    """A request for 1 to 3 choices, most with log probabilities, half of them forced to parts of characters."""
+    """A request for 1 to 3 choices, most with log probabilities, many forced to characters of several bytes or to
+    parts of them.
+    """
     path = COMPLETIONS if rng.random() < 0.6 else CHAT
     text = "".join(rng.choices(WORDS, k=rng.randrange(1, 12)))
     body: dict[str, Any] = {
@@ -78,9 +80,13 @@ def draw(rng: random.Random, target: Target) -> RandomRequest:
         body["prompt"] = rng.choice([text, ids])
         body |= rng.choice([{}, {"logprobs": 0}, {"logprobs": rng.randrange(6)}, {"logprobs": 1}])
         body |= rng.choice([{}, {}, {"echo": True}])
-    if rng.random() < 0.5:
+    forcing = rng.random()
+    if forcing < 0.4:
         forced = target.encode("".join(rng.choices(MULTIBYTE, k=3)))
         body["logit_bias"] = {str(token): 100 for token in forced}
+    elif forcing < 0.6:
+        some = rng.sample(MULTIBYTE, 4)
+        body["structured_outputs"] = rng.choice([{"regex": f"({'|'.join(some)})*"}, {"choice": ["".join(some), *some]}])
     for name, value in (
         ("ignore_eos", True),
         ("skip_special_tokens", False),

@@ -261,6 +261,16 @@ def echoed_pieces(tokenizer: Tokenizer, echo: Echo) -> list[str]:
     ]
 
 
+def test_an_echo_without_text_brings_no_empty_delta(tokenizer: Tokenizer) -> None:
+    prompt, tokens = [1, 2], encode(tokenizer, "one two")
+    params = SamplingParams(logprobs=1, prompt_logprobs=1)
+    choice = Choice(0, tokenizer, params, chat=False, echo=Echo("", tuple(prompt)))
+    deltas = play(choice, [event(tokens[:1], prompt=prompt), event(tokens[1:], finish=FinishReason.LENGTH)])
+    check_shape(deltas)
+    assert [token.token_id for token in deltas[0].tokens] == [*prompt, tokens[0]]
+    assert text_of(deltas) == " one two"
+
+
 def test_an_echo_without_scores(tokenizer: Tokenizer) -> None:
     choice = Choice(0, tokenizer, SamplingParams(), chat=False, echo=Echo("Say", (1, 5)))
     deltas = choice.push(event([], logprobs=False, finish=FinishReason.LENGTH))

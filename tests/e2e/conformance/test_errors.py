@@ -20,7 +20,7 @@ from tests.e2e.running import Server, running_server
 LONG: dict[str, Any] = {
     "model": MODEL,
     "prompt": "a long story",
-    "max_tokens": 2000,
+    "max_tokens": 16_000,
     "extra_body": {"ignore_eos": True},
 }
 
@@ -138,9 +138,9 @@ def test_server_overloaded(keyed_server: Server, stream: bool) -> None:
         assert waiting.result(30).choices
 
 
-def test_an_error_in_the_midst_of_a_stream_is_its_last_event(tiny_checkpoint: Path) -> None:
+def test_an_error_in_the_midst_of_a_stream_is_its_last_event(long_checkpoint: Path) -> None:
     """The engine process is killed while two streams run, of the client and by hand."""
-    with running_server(str(tiny_checkpoint), "--served-model-name", MODEL) as server:
+    with running_server(str(long_checkpoint), "--served-model-name", MODEL) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         body = {key: value for key, value in LONG.items() if key != "extra_body"} | LONG["extra_body"]
         with (

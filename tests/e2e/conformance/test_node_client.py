@@ -46,7 +46,7 @@ def test_a_server_with_keys(keyed_server: Server, subtests: pytest.Subtests) -> 
     check_cases(run_cases("keyed.mjs", keyed_server.url, keys=KEYS), subtests, num_cases=6)
 
 
-def test_a_server_whose_engine_dies(tiny_checkpoint: Path, subtests: pytest.Subtests) -> None:
-    with running_server(str(tiny_checkpoint), "--served-model-name", MODEL) as server:
+def test_a_server_whose_engine_dies(long_checkpoint: Path, subtests: pytest.Subtests) -> None:
+    with running_server(str(long_checkpoint), "--served-model-name", MODEL) as server:
         kill = server.engine_process().kill
         check_cases(run_cases("dying.mjs", server.url, started=kill), subtests, num_cases=1)

@@ -70,7 +70,7 @@ def test_aborted_requests_are_counted_where_they_end(client: openai.OpenAI, serv
         assert len(list(islice(stream, 5))) == 5
     server.wait_for_metric("mixserve_num_requests_running", 0, seconds=1)
     generated = server.metric("mixserve_generation_tokens_total") - before
-    assert 5 <= generated < 1500
+    assert 5 <= generated < 2000
     time.sleep(0.2)
     assert server.metric("mixserve_generation_tokens_total") - before == generated
     assert httpx.get(f"{server.url}/health").status_code == 200

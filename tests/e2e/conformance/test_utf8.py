@@ -18,7 +18,14 @@ def test_a_character_is_sent_when_it_is_whole(client: openai.OpenAI, text: str) 
         choice = call(extra=forced(text), max_tokens=60).only
         assert choice.text == text
         assert not any("\ufffd" in piece for piece in choice.pieces)
-        assert len(choice.pieces) > 1 or len(text) == 1, "each byte is a token, so a character is a chunk or begins one"
+
+
+def test_characters_do_not_wait_for_the_end(ask: Ask) -> None:
+    """Each byte is a token. Chunks that come at once may be one."""
+    text = "é🎉日" * 30
+    choice = ask.complete(extra=forced(text), max_tokens=300).only
+    assert choice.text == text
+    assert len(choice.pieces) > 10 if ask.stream else len(choice.pieces) == 1
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)

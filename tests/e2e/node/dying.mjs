@@ -9,9 +9,8 @@ await run({
     const stream = await newClient().completions.create({
       model: MODEL,
       prompt: "Hi",
-      max_tokens: 2000,
+      max_tokens: 16_000,
       ignore_eos: true,
-      min_tokens: 2000,
       stream: true,
     });
     let count = 0;

@@ -1,5 +1,5 @@
-// Runs named cases one after the other and prints one JSON line for each: its name, what went wrong (or null), and every
-// response that the client read, for tests/shapes.py.
+// Runs named cases one after the other and prints one JSON line for each: its name, what went wrong (or null), and
+// every response that the client read, for tests/shapes.py.
 //
 // MIXSERVE_URL is the server's address.
 

@@ -1,5 +1,5 @@
-// Cases for a server with the three keys in MIXSERVE_KEYS, of which each may run one request, and which runs one and lets
-// one wait in all.
+// Cases for a server with the three keys in MIXSERVE_KEYS, each of which may have one request; in all, one runs and one
+// waits.
 
 import assert from "node:assert/strict";
 import OpenAI from "openai";
@@ -8,7 +8,7 @@ import { errorOf, metric, MODEL, newClient, run, waitFor } from "./harness.mjs";
 const keys = process.env.MIXSERVE_KEYS.split(" ");
 const [first, second, third] = keys.map((apiKey) => newClient({ apiKey }));
 const short = { model: MODEL, prompt: "Hi", max_tokens: 2 };
-const long = { model: MODEL, prompt: "Hi", max_tokens: 2000, ignore_eos: true, min_tokens: 2000, stream: true };
+const long = { model: MODEL, prompt: "Hi", max_tokens: 16_000, ignore_eos: true, stream: true };
 const bothWays = (name, test) =>
   Object.fromEntries([false, true].map((stream) => [`${name} [${stream ? "streamed" : "whole"}]`, () => test(stream)]));
 

@@ -192,26 +192,27 @@ const several = {
 };
 
 const stops = {
-  ...everyWay("stop: never leaks, is flushed at the end, no empty chunks, usage up to the cut", async (endpoint, stream) => {
+  ...everyWay("stop: never leaks, is flushed at the end, usage counts up to the cut", async (endpoint, stream) => {
     const cut = await only(endpoint, stream, { ...forced("abcabdefg"), stop: ["abd", "zz"] });
     assert.deepEqual([cut.text, cut.finish_reason, cut.usage.completion_tokens], ["abc", "stop", 3]);
     const flushed = await only(endpoint, stream, { ...forced("xxab"), stop: "abd" });
     assert.deepEqual([flushed.text, flushed.finish_reason], ["xxab", "stop"]);
   }),
   "stop: held back while undecided": async () => {
-    const { text, pieces } = await only("completions", true, { ...forced("abcabcabx"), stop: "abd" });
-    assert.equal(text, "abcabcabx");
+    const said = "abcabcabx".repeat(12);
+    const { text, pieces } = await only("completions", true, { ...forced(said), stop: "abd", max_tokens: 200 });
+    assert.equal(text, said);
     assert.ok(pieces.every((piece) => /[cx]$/.test(piece)));
   },
 };
 
 const utf8 = {
   ...everyWay("utf8: a character is sent when it is whole", async (endpoint, stream) => {
-    const said = "naïve 🎉 日本";
-    const { text, pieces } = await only(endpoint, stream, { ...forced(said), max_tokens: 60 });
+    const said = "naïve 🎉 日本 ".repeat(10);
+    const { text, pieces } = await only(endpoint, stream, { ...forced(said), max_tokens: 300 });
     assert.equal(text, said);
     assert.ok(pieces.every((piece) => piece.isWellFormed?.() !== false && !piece.includes("\ufffd")));
-    if (stream) assert.ok(pieces.length > 1);
+    if (stream) assert.ok(pieces.length > 5);
   }),
   "utf8: broken characters are streamed as they are returned": async () => {
     const body = { seed: 3, temperature: 2, max_tokens: 64, ignore_eos: true };
@@ -378,7 +379,7 @@ const rest = {
   "abort: a stream that the client leaves ends on the server": async () => {
     const controller = new AbortController();
     const stream = await client.completions.create(
-      { model: MODEL, prompt: "Hi", max_tokens: 2000, ignore_eos: true, min_tokens: 2000, stream: true },
+      { model: MODEL, prompt: "Hi", max_tokens: 2000, ignore_eos: true, stream: true },
       { signal: controller.signal },
     );
     let count = 0;
@@ -389,7 +390,7 @@ const rest = {
   "abort: a plain request too": async () => {
     const controller = new AbortController();
     const before = await metric("requests_aborted_total");
-    const body = { model: MODEL, prompt: "Hi", max_tokens: 2000, ignore_eos: true, min_tokens: 2000 };
+    const body = { model: MODEL, prompt: "Hi", max_tokens: 2000, ignore_eos: true };
     const asked = client.completions.create(body, { signal: controller.signal });
     await Promise.all([
       errorOf(OpenAI.APIUserAbortError, () => asked),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
@@ -15,9 +16,9 @@ import pytest
 
 from engine.errors import EngineOverloadedError
 from engine.grammar import GrammarError, GrammarSpec, checker
+from engine.grammar.check_process import MAX_MEMORY_BYTES
 from engine.grammar.checker import MAX_SECONDS, GrammarChecker
-from engine.grammar.spec import MAX_SOURCE_BYTES
-from tests.engine.engines import in_loop
+from tests.engine.engines import in_loop, until
 from tests.engine.grammar.hopeless import SLOW
 from tests.engine.grammar.texts import byte_vocabulary
 
@@ -36,9 +37,16 @@ async def checking(*, max_model_len: int = 2048) -> AsyncIterator[GrammarChecker
         await grammars.close()
 
 
-def child() -> psutil.Process:
-    (process,) = psutil.Process().children()
-    return process
+def worker(grammars: GrammarChecker) -> psutil.Process:
+    """The one that is asked next."""
+    assert grammars._process is not None
+    return psutil.Process(grammars._process.result().pid)
+
+
+async def stop(process: psutil.Process) -> None:
+    """Let it hang, as far as others can see."""
+    process.suspend()
+    await until(lambda: process.status() == psutil.STATUS_STOPPED)
 
 
 def choice(text: str) -> GrammarSpec:
@@ -77,14 +85,44 @@ async def test_the_limit_is_the_context_in_bytes() -> None:
 @in_loop
 async def test_a_hopeless_grammar_is_refused_in_time_and_its_process_is_gone() -> None:
     async with checking() as grammars:
-        process = child()
+        process = worker(grammars)
         begin = time.monotonic()
         with pytest.raises(GrammarError, match=r"takes more than 1\.2 seconds to compile"):
             await grammars.check(SLOW)
         assert MAX_SECONDS <= time.monotonic() - begin < LIMIT
         assert not psutil.pid_exists(process.pid), "neither alive nor a zombie"
         assert await grammars.check(choice("b")) == choice("b").source()
-        assert child().pid != process.pid
+        assert worker(grammars).pid != process.pid
+
+
+@in_loop
+async def test_one_hopeless_grammar_after_another() -> None:
+    """Each in time: the process for the next is started before the last one is killed."""
+    async with checking() as grammars:
+        for number in range(3):
+            begin = time.monotonic()
+            with pytest.raises(GrammarError, match="to compile"):
+                await grammars.check(GrammarSpec.json_schema(json.loads(SLOW.text.replace("k1", f"x{number}"))))
+            assert time.monotonic() - begin < LIMIT
+            assert len(psutil.Process().children()) == 1
+
+
+@in_loop
+async def test_a_process_in_reserve_is_used_once() -> None:
+    """It stays when the grammar came to an end in time after all."""
+    async with checking() as grammars:
+        first = worker(grammars)
+        await stop(first)
+        late = asyncio.create_task(grammars.check(choice("late")))
+        await until(lambda: len(psutil.Process().children()) == 2)
+        first.resume()
+        assert await late == choice("late").source()
+        assert worker(grammars) == first
+        (spare,) = [process for process in psutil.Process().children() if process != first]
+        with pytest.raises(GrammarError, match="to compile"):
+            await grammars.check(SLOW)
+        assert worker(grammars) == spare
+        assert psutil.Process().children() == [spare]
 
 
 def test_a_thread_could_not_be_ended() -> None:
@@ -170,26 +208,30 @@ def test_what_explodes_kills_nothing_that_matters(spec: GrammarSpec) -> None:
     run()
 
 
-@in_loop
-async def test_memory_is_limited() -> None:
-    """The grammar is good, and takes 30 MB that are not there."""
-    spec = GrammarSpec.regex("|".join(f"[a-z]*{i}[a-z]*" for i in range(15_000)))
-    async with checking() as grammars:
-        process = child()
-        room = process.memory_info().vms
-        process.rlimit(psutil.RLIMIT_AS, (room, room))
-        with pytest.raises(GrammarError, match="takes too much memory"):
-            await grammars.check(spec)
-        assert not psutil.pid_exists(process.pid)
-        assert await grammars.check(choice("b")) == choice("b").source()
-        assert child().rlimit(psutil.RLIMIT_AS) == (2 * 2**30, 2 * 2**30)
+def test_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one takes some 80 MB, which are not there."""
+    monkeypatch.setattr(checker, "MAX_SECONDS", 10.0)
+
+    @in_loop
+    async def run() -> None:
+        async with checking() as grammars:
+            process = worker(grammars)
+            room = process.memory_info().vms
+            process.rlimit(psutil.RLIMIT_AS, (room, room))
+            with pytest.raises(GrammarError, match="takes too much memory"):
+                await grammars.check(BOMBS["terminals"])
+            assert not psutil.pid_exists(process.pid)
+            assert await grammars.check(choice("b")) == choice("b").source()
+            assert worker(grammars).rlimit(psutil.RLIMIT_AS) == (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES)
+
+    run()
 
 
 @in_loop
 async def test_a_process_that_somebody_killed_while_it_had_nothing_to_do() -> None:
     async with checking() as grammars:
         for _ in range(3):
-            process = child()
+            process = worker(grammars)
             process.kill()
             process.wait(5)
             await asyncio.sleep(0.05)
@@ -204,15 +246,16 @@ def test_a_process_that_somebody_killed_while_it_worked(end: Callable[[psutil.Pr
     @in_loop
     async def run() -> None:
         async with checking() as grammars:
-            for _ in range(2):
+            for text in "ab":
+                await grammars.check(choice(text))
                 begin = time.monotonic()
                 hopeless = asyncio.create_task(grammars.check(SLOW))
                 await asyncio.sleep(0.2)
-                end(child())
+                end(worker(grammars))
                 with pytest.raises(EngineOverloadedError, match="was killed"):
                     await hopeless
                 assert time.monotonic() - begin < MAX_SECONDS
-            assert await grammars.check(choice("b")) == choice("b").source()
+            assert await grammars.check(choice("c")) == choice("c").source()
 
     run()
 
@@ -233,7 +276,7 @@ def slow_for(seconds: float) -> Callable[[Callable[[], Coroutine[Any, Any, None]
 
 async def _refused_by_a_stopped_process(grammars: GrammarChecker, spec: GrammarSpec) -> None:
     """It takes the whole time, and the machine was at fault."""
-    child().suspend()
+    await stop(worker(grammars))
     with pytest.raises(GrammarError, match="to compile"):
         await grammars.check(spec)
 
@@ -262,8 +305,8 @@ async def test_but_not_at_once() -> None:
 @in_loop
 async def test_the_answer_to_one_that_left_is_not_the_next_ones() -> None:
     async with checking() as grammars:
-        process = child()
-        process.suspend()
+        process = worker(grammars)
+        await stop(process)
         first = asyncio.create_task(grammars.check(choice("first")))
         await asyncio.sleep(0.1)
         second = asyncio.create_task(grammars.check(choice("second")))
@@ -434,7 +477,3 @@ def test_a_process_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
         await grammars.close()
 
     run()
-
-
-def test_the_slow_schema_is_not_refused_for_its_size() -> None:
-    assert len(SLOW.source()) < MAX_SOURCE_BYTES

@@ -20,12 +20,16 @@ ROOT = Path(__file__).parent.parent.parent.parent
 UP = "\x1b[A"
 PASTE = "\x1b[200~{}\x1b[201~"
 
-# A session leader that opens a terminal gets it as its controlling one: Ctrl-C there is a signal for it.
+# A session leader that opens a terminal gets it as its controlling one: Ctrl-C there is a signal for it. The signal has
+# its meaning, though the tests may run in the background of a shell, which takes it away.
 _START = """
-import os, sys
-os.close(os.open(os.ttyname(0), os.O_RDWR))
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if os.isatty(0):
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
 os.execv(sys.executable, [sys.executable, "-m", "server", "chat", *sys.argv[1:]])
 """
+CHAT = [sys.executable, "-c", _START]
 
 
 def chat_environment(cache: Path, **more: str) -> dict[str, str]:
@@ -99,7 +103,7 @@ def pty_chat(*args: str, environment: dict[str, str]) -> Iterator[PtyChat]:
     with contextlib.closing(os.fdopen(master, "r+b", buffering=0)):
         with os.fdopen(slave, "r+b", buffering=0) as terminal:
             process = subprocess.Popen(
-                [sys.executable, "-c", _START, *args],
+                [*CHAT, *args],
                 cwd=ROOT,
                 env=environment,
                 stdin=terminal,

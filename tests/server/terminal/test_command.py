@@ -6,7 +6,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,11 @@ from server.edge.keys import ApiKey
 from tests.server.conftest import ANSWER
 from tests.server.fake_engine import FakeEngine
 from tests.server.harness import MODEL, Live, live_server
-from tests.server.terminal.pty_process import ROOT, chat_environment
+from tests.server.terminal.pty_process import CHAT, ROOT, chat_environment
 from tests.server.terminal.stub import answer, chunk, stream, stub_server
 from tests.server.test_client_leaves import wait
 
 TEXT = ANSWER.strip()
-CHAT = [sys.executable, "-m", "server", "chat"]
 MODELS = answer(b'{"object": "list", "data": [{"id": "first"}]}')
 HELLO = stream(chunk("Hello"), chunk(finish_reason="stop"))
 

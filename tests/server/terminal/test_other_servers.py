@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import time
@@ -9,7 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from server.terminal.chat import Chat
 from server.terminal.client import ChatClient, ChatError, Piece, Turn
+from server.terminal.lines import plain_lines
+from server.terminal.screen import Screen
 from tests.server.terminal.stub import answer, chunk, stream, stub_server
 
 TURNS: list[Turn] = [{"role": "user", "content": "Hi"}]
@@ -137,12 +141,22 @@ def test_refusals() -> None:
         (b'{"error": {"message": null, "code": 502}}', "HTTP 502 Bad Gateway"),
         (b'{"error": "upstream"}', "upstream"),
         (b'{"object": "error", "message": "old style", "code": 502}', "old style"),
-        (b"[" * 100_000, "HTTP 502 Bad Gateway"),
+        (b'{"detail": ' + b"[" * 100_000, "HTTP 502 Bad Gateway"),
         (b'{"error": "\xff"}', "HTTP 502 Bad Gateway"),
     ],
 )
 def test_refusals_in_other_shapes(content: bytes, said: str) -> None:
     assert str(refusal("502 Bad Gateway", content)) == said
+
+
+def test_a_conversation_over_the_context() -> None:
+    """Other servers say so in words alone."""
+    full = b'{"error": {"message": "This model\'s maximum context length is 4096 tokens.", "code": 400}}'
+    out, err = io.StringIO(), io.StringIO()
+    with stub_server(answer(full, status="400 Bad Request")) as stub, ChatClient(stub.url, None) as client:
+        chat = Chat(client, {}, "", Screen(out, err, colour=False), interactive=False)
+        assert not chat.run(plain_lines(io.StringIO("Hi\n")))
+    assert err.getvalue().endswith("4096 tokens; /reset forgets the conversation\n")
 
 
 def test_an_error_page_without_end_is_not_read_to_it() -> None:
