@@ -156,7 +156,7 @@ class EngineCore:
                 self._scheduler.add(sequence)
             else:
                 del self._live[request_id]
-                events.append(_failure(request_id, f"the grammar was refused: {error}"))
+                events.append(_failure(request_id, f"the grammar was refused: {error}", param="grammar"))
         return events
 
     def _postprocess(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
@@ -184,7 +184,7 @@ class EngineCore:
                 generation_tokens += len(event.token_ids)
                 events.append(event)
             elif index in result.failed:
-                events.append(self._give_up(sequence, result.failed[index]))
+                events.append(self._give_up_grammar(sequence, result.failed[index]))
         self._stats = replace(
             self._stats,
             num_steps=self._stats.num_steps + 1,
@@ -207,7 +207,7 @@ class EngineCore:
                 try:
                     sequence.matcher.consume(sampled.token_id)
                 except GrammarError as error:
-                    return self._give_up(sequence, str(error))
+                    return self._give_up_grammar(sequence, str(error))
         visits = None
         if sequence.num_visited_tokens:
             visits = ExpertVisits(sequence.num_visits, sequence.num_visited_tokens)
@@ -255,11 +255,18 @@ class EngineCore:
             return False
         return sequence.token_ids[-1] in self._grammars.eos_token_ids
 
-    def _give_up(self, sequence: Sequence, message: str) -> TokenEvent:
+    def _give_up(self, sequence: Sequence, message: str, *, param: str | None = None) -> TokenEvent:
         """End one running sequence that failed."""
         del self._live[sequence.request.request_id]
         self._scheduler.finish(sequence)
-        return _failure(sequence.request.request_id, message)
+        return _failure(sequence.request.request_id, message, param=param)
+
+    def _give_up_grammar(self, sequence: Sequence, message: str) -> TokenEvent:
+        """The same, when its grammar cannot be followed further."""
+        assert self._grammars is not None
+        assert sequence.request.grammar is not None
+        self._grammars.forget(sequence.request.grammar)
+        return self._give_up(sequence, message, param="grammar")
 
     def _fail(self, plan: StepPlan, message: str) -> list[TokenEvent]:
         """Give up the sequences of a step that could not be computed; all others go on."""
@@ -270,8 +277,8 @@ class EngineCore:
         return events
 
 
-def _failure(request_id: str, message: str) -> TokenEvent:
-    return TokenEvent(request_id=request_id, finish_reason=FinishReason.ERROR, error=message)
+def _failure(request_id: str, message: str, *, param: str | None = None) -> TokenEvent:
+    return TokenEvent(request_id=request_id, finish_reason=FinishReason.ERROR, error=message, param=param)
 
 
 def _derived_seed(seed: int, number: int) -> int:

@@ -21,8 +21,6 @@ class StepResult:
 
     sampled: dict[int, Sampled]
     """One for each chunk that samples."""
-    failed: dict[int, str] = field(default_factory=dict)
-    """Instead of a sampled token: why there is none. Only that request is affected."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """For each chunk whose request scores its prompt: the prompt tokens that follow the chunk's tokens."""
     routing: dict[int, list[TokenRouting]] = field(default_factory=dict)
@@ -30,3 +28,5 @@ class StepResult:
     not traced."""
     expert_visits: dict[int, int] = field(default_factory=dict)
     """For each chunk of a steered request: experts that computed, over its tokens and all layers."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """Instead of a sampled token: why there is none. Only that request is affected."""

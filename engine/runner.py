@@ -56,10 +56,10 @@ class Runner:
             sampled = {index: token for index, token in zip(indices, tokens, strict=True) if index not in failed}
         scores = self._score_prompts(plan, hidden)
         if self.record is None:
-            return StepResult(sampled, failed, scores)
+            return StepResult(sampled, scores, failed=failed)
         reports = trace(plan, self.record, batch), expert_visits(plan, self.record, batch)
         self.record.reduce(batch.routing)  # last: a step that runs out of memory does not count
-        return StepResult(sampled, failed, scores, *reports)
+        return StepResult(sampled, scores, *reports, failed=failed)
 
     @staticmethod
     def is_out_of_memory(error: RuntimeError) -> bool:

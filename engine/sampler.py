@@ -69,10 +69,18 @@ def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[
 def masked_rows(rows: Sequence[SamplingRow]) -> list[MaskedRow]:
     """The rows that have a grammar."""
     return [
-        MaskedRow(index, row.matcher, () if row.may_end else (*row.end_ids, *row.matcher.end_ids))
+        MaskedRow(index, row.matcher, _banned(row, row.matcher))
         for index, row in enumerate(rows)
         if row.matcher is not None
     ]
+
+
+def _banned(row: SamplingRow, matcher: Matcher) -> Sequence[int]:
+    """Tokens that may not end the answer while its grammar can go on: none, or those that `ignore_eos` ignores, or all
+    before min_tokens."""
+    if not row.may_end:
+        return (*row.end_ids, *matcher.end_ids)
+    return matcher.end_ids if row.params.ignore_eos else ()
 
 
 def uniform(seed: int, choice: int, position: int) -> float:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
-from engine.errors import EngineDeadError, RequestFailedError
+from engine.errors import EngineDeadError, InvalidRequestError, RequestFailedError
 from engine.types import FinishReason, TokenEvent
 
 _Item = TypeVar("_Item")
@@ -20,8 +20,9 @@ MAX_PENDING_EVENTS = 64
 class RequestStream(AsyncIterator[TokenEvent]):
     """The events of one request, for one reader. The last has a `finish_reason`; what piled up comes merged into one.
 
-    Raises RequestFailedError when the request failed, EngineDeadError when the engine did. Before the end, closing it,
-    cancelling a task that waits for its next event, or dropping the last reference to it aborts the request.
+    Raises RequestFailedError when the request failed, InvalidRequestError when that was its own fault, and
+    EngineDeadError when the engine did. Before the end, closing it, cancelling a task that waits for its next event, or
+    dropping the last reference to it aborts the request.
     """
 
     def __init__(self, mailbox: Mailbox, abandon: Callable[[Mailbox], None]) -> None:
@@ -43,7 +44,10 @@ class RequestStream(AsyncIterator[TokenEvent]):
             raise
         self._done = event.finish_reason is not None
         if event.finish_reason is FinishReason.ERROR:
-            raise RequestFailedError(event.error or "the request failed")
+            message = event.error or "the request failed"
+            raise (
+                RequestFailedError(message) if event.param is None else InvalidRequestError(message, param=event.param)
+            )
         return event
 
     async def aclose(self) -> None:
@@ -119,6 +123,7 @@ def merge(events: list[TokenEvent]) -> TokenEvent:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         error=last.error,
+        param=last.param,
     )
 
 

@@ -154,6 +154,8 @@ class TokenEvent:
     stop_reason: int | None = None
     """The stop id that ended the request, when it was not an end-of-sequence id."""
     error: str | None = None
+    param: str | None = None
+    """The field of the request that the error is the fault of; None: it is the engine's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

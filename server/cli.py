@@ -68,11 +68,12 @@ def cache_dir(environ: Mapping[str, str]) -> Path:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from server.edge.access_log import lines_to
+    from server.edge.access_log import logs_to
     from server.edge.tls import TlsError, tls_context
     from server.run import ListenError, listen, serve
 
     edge = edge_config(arguments, os.environ)
+    os.environ.pop(KEYS_VARIABLE, None)  # the engine and the grammar checker get what is left
     certfile, keyfile = arguments.ssl_certfile, arguments.ssl_keyfile
     if (certfile is None) != (keyfile is None):
         raise UsageError("--ssl-certfile and --ssl-keyfile need each other")
@@ -81,7 +82,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         sock = listen(arguments.host, arguments.port)
     except (TlsError, ListenError) as error:
         raise CommandError(str(error)) from None
-    with sock, lines_to(sys.stderr):
+    with sock, logs_to(sys.stderr):
         return serve(sock, partial(_prepare, arguments, edge), edge, tls)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.config import EdgeConfig
@@ -19,9 +21,17 @@ class Front:
 
     def __init__(self, edge: EdgeConfig) -> None:
         self._app = wrap(_loading, edge)
+        self._count_rejected: Callable[[str], None] | None = None
 
-    def put(self, app: ASGIApp) -> None:
+    def put(self, app: ASGIApp, count_rejected: Callable[[str], None]) -> None:
+        """`count_rejected` is told from now on what the connections refuse."""
         self._app = app
+        self._count_rejected = count_rejected
+
+    def count_rejected(self, reason: str) -> None:
+        """Lost while there is no app yet, and so nothing that counts."""
+        if self._count_rejected is not None:
+            self._count_rejected(reason)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)

@@ -43,6 +43,8 @@ class JobSpec:
     priority: int = 0
     cache_salt: str | None = None
     grammar: str | None = None
+    grammar_param: str | None = None
+    """The field of the request that the grammar comes from."""
     chat: bool = False
     marks: Mapping[int, str] = field(default_factory=dict)
     """Texts for some tokens in place of their own."""
@@ -130,6 +132,9 @@ class Job:
             async with aclosing(_merge([self._run(run) for run in self._runs])) as merged:
                 async for delta in merged:
                     yield delta
+        except InvalidRequestError as error:
+            self._failed = True
+            raise _in_api_words(error, self.spec) from None
         except Exception:
             self._failed = True
             raise
@@ -201,8 +206,12 @@ def _request(spec: JobSpec, index: int) -> Request:
 
 def _in_api_words(error: InvalidRequestError, spec: JobSpec) -> BadRequestError:
     """The engine names its own fields; clients know some of them by other names."""
-    names = {"prompt": "messages" if spec.chat else "prompt", "prompt_logprobs": "logprobs"}
-    param = names.get(error.param, error.param) if error.param is not None else None
+    names: dict[str | None, str | None] = {
+        "prompt": "messages" if spec.chat else "prompt",
+        "prompt_logprobs": "logprobs",
+        "grammar": spec.grammar_param,
+    }
+    param = names.get(error.param, error.param)
     return BadRequestError(str(error), param=param, code=error.code)
 
 

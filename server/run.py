@@ -89,11 +89,17 @@ class HttpServer(uvicorn.Server):
     """uvicorn, which leaves when `should_exit` is set, and tells of signals instead of leaving by itself."""
 
     def __init__(
-        self, app: ASGIApp, on_signal: Callable[[], None], edge: EdgeConfig, tls: ssl.SSLContext | None = None
+        self,
+        app: ASGIApp,
+        on_signal: Callable[[], None],
+        edge: EdgeConfig,
+        count_rejected: Callable[[str], None],
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         config = uvicorn.Config(
             app,
-            http=cast(type[asyncio.Protocol], partial(Connection, edge)),  # uvicorn does no more than call it
+            # uvicorn does no more than call it
+            http=cast(type[asyncio.Protocol], partial(Connection, edge, count_rejected)),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -129,7 +135,7 @@ async def _serve(
 ) -> int:
     signals = _Signals()
     front = Front(edge)
-    http = HttpServer(front, signals.receive, edge, tls)
+    http = HttpServer(front, signals.receive, edge, front.count_rejected, tls)
     serving = asyncio.create_task(http.serve(sockets=[sock]))
     serving.add_done_callback(lambda _: signals.receive())  # should HTTP fail, there is nothing left to stay for
     try:
@@ -140,7 +146,7 @@ async def _serve(
         try:
             config = prepared.config
             app = create_app(engine, prepared.tokenizer, config)
-            front.put(app)
+            front.put(app, app.state.service.metrics.count_rejected)
             print(
                 summary(
                     engine.info,

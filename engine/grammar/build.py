@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.grammar.errors import GrammarError
-from engine.grammar.matcher import Matcher, num_bytes
+from engine.grammar.matcher import Budget, Matcher, num_bytes
 from engine.grammar.schema import shortest
 from engine.grammar.spec import GrammarSpec
 
@@ -28,7 +28,7 @@ def build(source: str, tokenizer: LLTokenizer) -> Matcher:
     inner = LLMatcher(tokenizer, source, log_level=0, limits=_limits())
     if inner.is_error():
         raise GrammarError(inner.get_error())
-    return Matcher(inner, tuple(tokenizer.eos_tokens))
+    return Matcher(inner, tuple(tokenizer.eos_tokens), Budget())
 
 
 def check(spec: GrammarSpec, tokenizer: LLTokenizer, max_chars: int) -> str:
@@ -63,7 +63,8 @@ def _follow(matcher: Matcher, tokenizer: LLTokenizer) -> None:
 
 def _limits() -> LLParserLimits:
     """Bounds of a step, which takes up to 0.1 s when a grammar is as ambiguous as it can be: Matcher bounds their sum.
-    Errors do not quote the grammar."""
+    And of what a grammar may learn while it is followed, at one or two kilobytes a state. Errors do not quote the
+    grammar."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(step_lexer_fuel=100_000, step_max_items=50_000, verbose_errors=False)
+    return LLParserLimits(step_lexer_fuel=100_000, step_max_items=50_000, max_lexer_states=50_000, verbose_errors=False)

@@ -76,8 +76,12 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         signal.setitimer(signal.ITIMER_REAL, ALONE_SECONDS)
         try:
             answer(Verdict(source=check(spec, tokenizer, setup.max_chars)))
-        except (GrammarError, RecursionError) as error:
-            answer(Verdict(error="nested too deeply" if isinstance(error, RecursionError) else str(error)))
+        except GrammarError as error:
+            answer(Verdict(error=str(error)))
+        except RecursionError:
+            answer(Verdict(error="nested too deeply"))
+        except Exception as error:  # whatever the library raises for what it does not understand
+            answer(Verdict(error=f"it cannot be compiled ({type(error).__name__})"))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

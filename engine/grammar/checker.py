@@ -18,7 +18,7 @@ from engine.child import child_environment
 from engine.errors import EngineOverloadedError
 from engine.grammar.check_process import HEADER_BYTES, Setup, Verdict, encode
 from engine.grammar.errors import GrammarError
-from engine.grammar.spec import GrammarSpec
+from engine.grammar.spec import MAX_SOURCE_BYTES, GrammarSpec
 from engine.grammar.vocabulary import GrammarVocabulary
 
 MAX_SECONDS = 1.2
@@ -69,6 +69,8 @@ class GrammarChecker:
         when too many wait or the process was ended by somebody else."""
         if not self._can_end:
             raise GrammarError("this model has no end-of-sequence token, and an answer in a grammar could not end")
+        if len(spec.text) > MAX_SOURCE_BYTES:
+            raise GrammarError(f"the grammar is {len(spec.text)} characters long, at most {MAX_SOURCE_BYTES} are taken")
         key = hashlib.sha256(f"{spec.kind}\0{spec.text}".encode()).digest()
         verdict = self._verdicts.get(key)
         if verdict is None:
@@ -88,13 +90,10 @@ class GrammarChecker:
     async def close(self) -> None:
         """End all processes, for good."""
         self._closed = True
-        tasks = [task for task in (self._process, self._spare) if task is not None]
-        self._process = self._spare = None
-        for task in tasks:
-            task.cancel()
-        for process in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(process, Process):
-                await _end(process)
+        process, self._process = self._process, None
+        if process is not None:
+            await _dismiss(process)
+        await self._dismiss_spare()
 
     async def _try(self, spec: GrammarSpec) -> Verdict:
         """Ask the process. Should it die or take too long, that is the verdict, and the next one gets a fresh process.
@@ -106,21 +105,17 @@ class GrammarChecker:
         answered = False
         try:
             async with asyncio.timeout(MAX_SECONDS):
-                verdict = await _ask(process, encode(spec))
-            answered = True
+                verdict = await _verdict(process, spec)
+            answered = verdict is not _TOO_LARGE
         except TimeoutError:
             return _TOO_SLOW
-        except (asyncio.IncompleteReadError, OSError):
-            await _end(process)
-            if process.returncode in _KILLED:
-                raise EngineOverloadedError("the process that compiles grammars was killed") from None
-            return _TOO_LARGE
         finally:
             spare.cancel()
             if not answered:
                 self._process = None
                 await asyncio.shield(_end(process))
                 self.start()
+        await asyncio.shield(self._dismiss_spare())
         return verdict
 
     async def _ready(self) -> Process:
@@ -143,6 +138,11 @@ class GrammarChecker:
         if self._spare is None and not self._closed:
             self._spare = self._start()
 
+    async def _dismiss_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            await _dismiss(spare)
+
     def _start(self) -> asyncio.Task[Process]:
         return asyncio.create_task(self._spawn(), name="grammar checker")
 
@@ -163,6 +163,16 @@ class GrammarChecker:
         return process
 
 
+async def _verdict(process: Process, spec: GrammarSpec) -> Verdict:
+    """Of the process, or of how it ended."""
+    try:
+        return await _ask(process, encode(spec))
+    except (asyncio.IncompleteReadError, OSError):
+        if await process.wait() in _KILLED:
+            raise EngineOverloadedError("the process that compiles grammars was killed") from None
+        return _TOO_LARGE
+
+
 async def _ask(process: Process, frame: bytes) -> Verdict:
     assert process.stdin is not None
     assert process.stdout is not None
@@ -171,6 +181,13 @@ async def _ask(process: Process, frame: bytes) -> Verdict:
     header = await process.stdout.readexactly(HEADER_BYTES)
     payload = await process.stdout.readexactly(int.from_bytes(header, "little"))
     return msgspec.msgpack.decode(payload, type=Verdict)
+
+
+async def _dismiss(starting: asyncio.Task[Process]) -> None:
+    starting.cancel()
+    (process,) = await asyncio.gather(starting, return_exceptions=True)
+    if isinstance(process, Process):
+        await _end(process)
 
 
 async def _end(process: Process) -> None:

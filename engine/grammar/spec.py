@@ -82,6 +82,8 @@ class GrammarSpec:
             case "regex":
                 from llguidance import regex_to_lark
 
+                if (len(self.text) - len(self.text.rstrip("\\"))) % 2:  # regex_to_lark would leave it out
+                    raise GrammarError("the regular expression ends in the middle of an escape")
                 expression = regex_to_lark(self.text, use_ascii="d")
                 return f"{_NO_FORCING}start: TEXT\nTEXT: /{expression}/\n"
             case "choice":

@@ -31,7 +31,7 @@ class GrammarStore:
 
     def get(self, source: str) -> Future[Matcher]:
         """The grammar at its beginning, to be copied; done at once when it is known. It may have a GrammarError."""
-        key = hashlib.sha256(source.encode()).digest()
+        key = _key(source)
         future = self._built.get(key)
         if future is None:
             future = self._built[key] = self._builder.submit(self._build, source)
@@ -40,7 +40,16 @@ class GrammarStore:
         self._built.move_to_end(key)
         return future
 
+    def forget(self, source: str) -> None:
+        """Build the grammar anew when it is asked for next: copies share what they learned of it, and there is a bound
+        to that, over which none of them can be followed further."""
+        self._built.pop(_key(source), None)
+
     def _build(self, source: str) -> Matcher:
         if self._tokenizer is None:
             self._tokenizer = self._vocabulary.to_library()
         return build(source, self._tokenizer)
+
+
+def _key(source: str) -> bytes:
+    return hashlib.sha256(source.encode()).digest()

@@ -21,7 +21,8 @@ class Detokenizer:
     A SentencePiece-like vocabulary writes a space before the first word. Of a whole text that space is dropped
     (`drop_leading_space`); of a continuation it is kept, because there it separates words.
 
-    A token of `marks` becomes the text given there, skipped or not.
+    A token of `marks` becomes the text given there, skipped or not, after U+FFFD for a character that it interrupts.
+    The characters of those texts come from nothing else: in the text of other tokens they become U+FFFD.
     """
 
     def __init__(
@@ -36,12 +37,13 @@ class Detokenizer:
         self._skipped = vocabulary.special_ids if skip_special_tokens else frozenset()
         self._drop_space = drop_leading_space and vocabulary.drops_leading_space
         self._marks = marks
+        self._no_marks = dict.fromkeys(map(ord, "".join(marks.values())), "\ufffd")
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, possibly none."""
         if token_id in self._marks:
-            return self._marks[token_id]
+            return self.finish() + self._marks[token_id]
         if token_id in self._skipped:
             return ""
         return self._emit(self._decoder.decode(self._vocabulary.token_bytes(token_id)))
@@ -51,6 +53,8 @@ class Detokenizer:
         return self._emit(self._decoder.decode(b"", final=True))
 
     def _emit(self, text: str) -> str:
+        if self._no_marks:
+            text = text.translate(self._no_marks)
         if text and self._drop_space:
             self._drop_space = False
             return text.removeprefix(" ")

@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Literal, TextIO
+from typing import Literal, TextIO, TypedDict
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.edge.log_lines import BackgroundLines
-from server.protocol.common import Usage
 
 log = logging.getLogger("server.access")
 
@@ -21,20 +20,38 @@ End = Literal["finished", "client_left", "aborted"]
 _MAX_TEXT = 200
 
 
+class Tokens(TypedDict):
+    """What the log takes of a request's usage."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
 @contextmanager
-def lines_to(stream: TextIO) -> Iterator[None]:
-    """Write the log to `stream`, and nowhere else, until the block ends."""
+def logs_to(stream: TextIO) -> Iterator[None]:
+    """Write to `stream` all that is logged, these lines among it, and nowhere else, until the block ends.
+
+    All from one thread: a reader of `stream` that stops reading holds up nobody who logs.
+    """
+    root = logging.getLogger()
+    before = root.handlers[:]
     handler = BackgroundLines(stream)
-    log.addHandler(handler)
+    handler.setFormatter(_Format("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.handlers[:] = [handler]
     log.setLevel(logging.INFO)
-    log.propagate = False
     try:
         yield
     finally:
-        log.removeHandler(handler)
         log.setLevel(logging.NOTSET)
-        log.propagate = True
+        root.handlers[:] = before
         handler.close()
+
+
+class _Format(logging.Formatter):
+    """The lines of requests stay JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage() if record.name == log.name else super().format(record)
 
 
 class AccessLog:
@@ -100,7 +117,7 @@ def write_line(
     client: tuple[str, int] | None,
     key_id: str | None = None,
     end: End,
-    usage: Usage | None = None,
+    usage: Tokens | None = None,
 ) -> None:
     """`came` is in seconds since 1970. What is not known of a request that was no HTTP is None."""
     line: dict[str, object] = {

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.config import EdgeConfig
@@ -30,11 +32,14 @@ class Connection(HttpToolsProtocol):
     - 408 when a head that has begun is not there within `header_seconds`. A connection on which nothing begins, or
       whose rest of a body nobody waits for any more, is closed after that time.
     - The connection is cut when a client leaves an answer unread for `read_seconds`; its request ends with it.
+
+    `count_rejected` is told the reason of each refusal.
     """
 
-    def __init__(self, limits: EdgeConfig, **uvicorn: Any) -> None:
+    def __init__(self, limits: EdgeConfig, count_rejected: Callable[[str], None], **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._limits = limits
+        self._count_rejected = count_rejected
         self._deadline: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
         self._in_head = self._in_body = False
@@ -62,7 +67,12 @@ class Connection(HttpToolsProtocol):
         if self._refused:
             return
         self._delivered = False
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self._refuse(self._head_too_large() if self._too_large else ApiError(400, "This is not valid HTTP."))
+            return
         self._silent_bytes = 0 if self._delivered else self._silent_bytes + len(data)
         if self._silent_bytes > self._limits.max_header_bytes:
             self._refuse(self._head_too_large())
@@ -86,6 +96,10 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("this is no proxy")
+            return  # `_parse` has it parsed again
         super().on_headers_complete()  # raises when the target is none
         self._in_head, self._in_body = False, True
         self._delivered = True
@@ -96,6 +110,8 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_body = False
         self._delivered = True
         super().on_message_complete()
@@ -116,10 +132,30 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
         self._stop_unread()
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002  # uvicorn's words are for its log
-        self._refuse(self._head_too_large() if self._too_large else ApiError(400, "This is not valid HTTP."))
-
     # Heads.
+
+    def _parse(self, data: bytes) -> None:
+        """As if no client asked for an upgrade: there is none, so it must be ignored (RFC 9110, 7.8).
+
+        The parser takes what follows such a head for another protocol. A new one reads the head again, without the
+        header, and then the rest. Raises HttpParserError.
+        """
+        rest = memoryview(data)
+        while True:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+                line = b"%s %s HTTP/%s" % (
+                    self.parser.get_method(),
+                    self.url,
+                    self.parser.get_http_version().encode(),
+                )
+                lines = [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn makes it
+                self.parser.feed_data(b"\r\n".join([line, *lines, b"", b""]))
 
     @property
     def _answering(self) -> bool:
@@ -130,7 +166,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes += num_bytes
         if self._head_bytes > self._limits.max_header_bytes:
             self._too_large = True
-            raise ValueError("the head is too large")  # the parser stops, and `send_400_response` is called
+            raise ValueError("the head is too large")  # the parser stops
 
     def _head_too_large(self) -> ApiError:
         return ApiError(431, f"Target and headers may have up to {self._limits.max_header_bytes} bytes.")
@@ -183,6 +219,7 @@ class Connection(HttpToolsProtocol):
 
     def _answer(self, error: ApiError, request_id: str | None) -> str:
         """The request's id, a new one unless it is given or among the headers."""
+        self._count_rejected(error.code or "invalid_request")
         request_id = request_id or request_id_of(self.headers or ())
         response = error.response()
         response.headers["X-Request-Id"] = request_id

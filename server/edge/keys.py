@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+_SECRET = secrets.token_bytes(32)
+"""Of this process. Without it, whoever reads an id in a log could try keys until one has that id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +18,7 @@ class ApiKey:
     """One key that opens the server."""
 
     id: str
-    """Names the key in logs and salts its prefix cache; made of it, but no way back to it."""
+    """Names the key in logs and salts its prefix cache, as long as this process lives; another makes another id."""
     digest: bytes = field(repr=False)
 
     @classmethod
@@ -22,8 +26,8 @@ class ApiKey:
         """Raises ValueError, which does not quote it, for what cannot be sent as a bearer token."""
         if not re.fullmatch(r"[!-~]+", key):
             raise ValueError("an API key must be printable ASCII without white space, and not empty")
-        digest = _digest(key.encode())
-        return cls(f"key_{hashlib.sha256(b'key id' + digest).hexdigest()[:12]}", digest)
+        name = hmac.new(_SECRET, key.encode(), hashlib.sha256).hexdigest()[:12]
+        return cls(f"key_{name}", _digest(key.encode()))
 
 
 def split_keys(text: str) -> list[str]:

@@ -25,7 +25,7 @@ class BackgroundLines(logging.Handler):
         self._lines: queue.Queue[str | None] = queue.Queue(capacity)
         self._num_refused = 0
         """Lines that the queue did not take; the thread counts those that the stream did not take."""
-        self._thread = threading.Thread(target=self._write_all, name="access log", daemon=True)
+        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:

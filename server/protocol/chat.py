@@ -14,7 +14,7 @@ from server.protocol import fields
 from server.protocol.common import STREAMED, GenerationRequest, Usage
 from server.protocol.fields import absent
 from server.protocol.routing import RoutingTrace
-from server.protocol.tools import GivenCall, NamedTool, ToolCall, ToolCallDelta, ToolChoice, Tools, check_tools
+from server.protocol.tools import GivenCalls, NamedTool, ToolCall, ToolCallDelta, ToolChoice, Tools, check_tools
 
 _PART = {
     "type": "object",
@@ -23,6 +23,7 @@ _PART = {
 }
 _CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]}
 _QUESTION: JsonValue = [{"role": "user", "content": "What is the capital of France?"}]
+MAX_MESSAGES = 16_384
 _NoLonger = Annotated[None, fields.expect("absent: this server knows tools and tool_calls in its place")]
 
 
@@ -37,7 +38,7 @@ class Message(BaseModel):
     ]
     content: Annotated[Any, WithJsonSchema(_CONTENT)] = absent("Text, or parts of it; null only beside tool_calls.")
     name: fields.Text | None = absent("For the chat template.")
-    tool_calls: list[GivenCall] | None = absent("Of an assistant's message.")
+    tool_calls: GivenCalls | None = absent("Of an assistant's message.")
     tool_call_id: fields.Text | None = absent("Of a tool's message: the call that it answers.")
     function_call: _NoLonger = absent("Not supported: see tool_calls.")
 
@@ -75,6 +76,11 @@ class Message(BaseModel):
         return "\n".join(texts)
 
 
+Messages = Annotated[
+    list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), fields.at_most(MAX_MESSAGES)
+]
+
+
 class ChatRequest(GenerationRequest):
     model_config = ConfigDict(
         json_schema_extra={
@@ -85,7 +91,7 @@ class ChatRequest(GenerationRequest):
         }
     )
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True, description="The conversation so far.")]
+    messages: Messages = Field(description="The conversation so far.")
     max_tokens: fields.PositiveCount | None = absent("Without one, as many as the context has room for.")
     max_completion_tokens: fields.PositiveCount | None = absent("Goes before max_tokens.")
     logprobs: fields.Flag | None = absent("Return each token's log probability.", False)

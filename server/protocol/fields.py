@@ -6,7 +6,15 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 128
@@ -54,6 +62,17 @@ def check(what: str, test: Callable[[Any], bool]) -> WrapValidator:
     return WrapValidator(validate)
 
 
+def at_most(count: int) -> BeforeValidator:
+    """Refuses a longer list or object before its items are looked at: pydantic counts while it reads them."""
+
+    def validate(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > count:
+            raise PydanticCustomError("too_long", "must have at most {count} items", {"count": count})
+        return value
+
+    return BeforeValidator(validate)
+
+
 def _prompt_kind(prompt: Any) -> str:
     """Which form of a prompt this is meant to be, by its first item: one form is then checked, not four."""
     if not isinstance(prompt, list):
@@ -61,6 +80,15 @@ def _prompt_kind(prompt: Any) -> str:
     if prompt and isinstance(prompt[0], str):
         return "texts"
     return "batch" if prompt and isinstance(prompt[0], list) else "ids"
+
+
+def _few_prompts(prompt: Any) -> Any:
+    """Each prompt has a choice at least, so more than that cannot be answered."""
+    if _prompt_kind(prompt) in ("texts", "batch") and len(prompt) > MAX_CHOICES:
+        raise PydanticCustomError(
+            "too_long", "must be one prompt or up to {count}, not {given}", {"count": MAX_CHOICES, "given": len(prompt)}
+        )
+    return prompt
 
 
 def _valid_bias(bias: dict[str, float]) -> bool:
@@ -81,11 +109,12 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 AnyTokenIds = Annotated[list[TokenId], Field(fail_fast=True), expect("a list of token ids")]
 Prompt = Annotated[
     Annotated[NonEmpty, Tag("text")]
-    | Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True), Tag("texts")]
+    | Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True), Tag("texts")]
     | Annotated[TokenIds, Tag("ids")]
-    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("batch")],
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True), Tag("batch")],
     Discriminator(_prompt_kind),
     expect("a non-empty string, a list of those, a non-empty list of token ids, or a list of those"),
+    BeforeValidator(_few_prompts),
 ]
 TokenCount = Annotated[int, Field(ge=0, lt=2**31), expect("an integer, 0 or more")]
 PositiveCount = Annotated[int, Field(ge=1, lt=2**31), expect("an integer, 1 or more")]
@@ -100,6 +129,7 @@ NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), expect(f"an integer f
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,19}$"}}),
+    at_most(MAX_LOGIT_BIAS),
     check(f"an object of up to {MAX_LOGIT_BIAS} token ids, each with a number from -100 to 100", _valid_bias),
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -127,6 +157,7 @@ ExpertMask = Annotated[
         dict[str, ExpertIds],
         Field(max_length=MAX_MASK, json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}}),
     ],
+    at_most(MAX_MASK),
     check('a list of forbidden expert ids, or an object of such lists by layer, as {"0": [3, 5]}', _valid_mask),
 ]
 CapacityFactor = Annotated[float, Field(gt=0, allow_inf_nan=False), expect("a finite number above 0")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from engine.grammar import GrammarSpec
 from server.errors import BadRequestError
@@ -50,7 +51,8 @@ ResponseFormat = Annotated[
         "{…}}}, with a name of 1 to 64 letters, digits, _ and -"
     ),
 ]
-_Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+_Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, fail_fast=True)]
+_KINDS = frozenset({"json", "regex", "choice", "grammar"})
 
 
 class StructuredOutputs(BaseModel):
@@ -64,6 +66,14 @@ class StructuredOutputs(BaseModel):
     regex: fields.Text | None = absent("A regular expression in the syntax of Rust's regex crate; all of it matches.")
     choice: Annotated[_Choices, fields.expect("a list of texts, none empty")] | None = absent("One of these texts.")
     grammar: fields.Text | None = absent("A grammar: llguidance's dialect of Lark, or GBNF.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_other(cls, given: Any) -> Any:
+        """One error for all unknown keys, where pydantic has one for each."""
+        if isinstance(given, dict) and not given.keys() <= _KINDS:
+            raise PydanticCustomError("expected", "must have json, regex, choice or grammar, and nothing else")
+        return given
 
     @model_validator(mode="after")
     def _one(self) -> StructuredOutputs:

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from server.errors import BadRequestError
 from server.protocol import fields
-from server.protocol.chat import Message
+from server.protocol.chat import Messages
 from server.protocol.extras import check_extras
 from server.protocol.fields import absent
 from server.protocol.tools import Tools, check_tools
@@ -50,9 +50,7 @@ class TokenizeRequest(BaseModel):
     add_special_tokens: fields.Flag | None = absent(
         "With `prompt`: put the tokenizer's beginning-of-sequence token in front. A chat has the template's own.", True
     )
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = absent(
-        "A conversation, encoded by the chat template."
-    )
+    messages: Messages | None = absent("A conversation, encoded by the chat template.")
     add_generation_prompt: fields.Flag | None = absent("With `messages`: open the assistant's turn at the end.", True)
     tools: Tools | None = absent("With `messages`: functions that the model is told of.")
     return_token_strs: fields.Flag | None = absent("Return each token as the vocabulary writes it.", False)

@@ -13,6 +13,8 @@ from server.protocol import fields
 from server.protocol.fields import absent
 
 MAX_TOOLS = 128
+MAX_CALLS = 128
+"""In one message."""
 FUNCTION_NAME = r"^[A-Za-z0-9_-]{1,64}$"
 
 FunctionName = Annotated[
@@ -69,7 +71,7 @@ ToolChoice = Annotated[
     Literal["none", "auto", "required"] | NamedTool,
     fields.expect('none, auto, required or {"type": "function", "function": {"name": "..."}}'),
 ]
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), fields.at_most(MAX_TOOLS)]
 
 
 class GivenFunction(BaseModel):
@@ -101,6 +103,9 @@ class GivenCall(BaseModel):
             "type": "function",
             "function": {"name": self.function.name, "arguments": arguments},
         }
+
+
+GivenCalls = Annotated[list[GivenCall], Field(max_length=MAX_CALLS, fail_fast=True), fields.at_most(MAX_CALLS)]
 
 
 def check_tools(tools: list[Tool], choice: Literal["none", "auto", "required"] | NamedTool | None) -> None:

@@ -10,10 +10,10 @@ from collections.abc import AsyncGenerator, Sequence
 
 from fastapi import APIRouter, Request, Response
 
+from engine.grammar import GrammarSpec
 from engine.text import TemplateError, Tokenizer
 from server import answers
 from server.choices import ScoredToken
-from server.edge.salt import salted
 from server.errors import BadRequestError
 from server.job import Job, JobSpec
 from server.json_io import JsonResponse
@@ -22,6 +22,7 @@ from server.openapi import responses
 from server.protocol.chat import ChatChoice, ChatChunk, ChatCompletion, ChatLogprobs, ChatRequest, ChunkChoice
 from server.routes.json_route import JsonRoute
 from server.routing import trace
+from server.salt import salted
 from server.service import Service
 from server.stream import DONE, ChunkWriter, EventStream
 from server.tools import grammar
@@ -143,7 +144,10 @@ async def _grammar(service: Service, body: ChatRequest, written: CallFormat) -> 
     """What the answer must match: the calls that are demanded, or the response_format, or it or calls."""
     answer, tools, parallel = body.grammar_spec, body.offered_tools, body.may_call_several
     if demanded := body.demanded_tools:
-        return await service.constrain(grammar.calls_only(written, demanded, parallel=parallel), param="tools")
+        source = await service.constrain(grammar.calls_only(written, demanded, parallel=parallel), param="tools")
+        for tool in demanded:  # whether a call can end, which is told of a schema alone
+            await service.constrain(GrammarSpec.json_schema(grammar.arguments_schema(tool)), param="tools")
+        return source
     if answer is not None:
         alone = await service.constrain(answer, param=body.grammar_param)
         if not tools:
@@ -173,6 +177,7 @@ def _spec(
         priority=body.priority or 0,
         cache_salt=body.cache_salt,
         grammar=source,
+        grammar_param="tools" if body.grammar_spec is None else body.grammar_param,
         steering=body.steering,
         trace_routing=bool(body.routing),
         trace_prompt_routing=bool(body.routing_prompt),

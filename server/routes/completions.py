@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request, Response
 from engine.text import Tokenizer
 from server import answers
 from server.choices import Echo, ScoredToken
-from server.edge.salt import salted
 from server.job import Job, JobSpec
 from server.json_io import JsonResponse
 from server.logprobs import completion_logprobs
@@ -20,6 +19,7 @@ from server.openapi import responses
 from server.protocol.completion import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from server.routes.json_route import JsonRoute
 from server.routing import trace
+from server.salt import salted
 from server.service import Service
 from server.stream import DONE, ChunkWriter, EventStream
 
@@ -136,6 +136,7 @@ def _spec(service: Service, body: CompletionRequest, prompts: Sequence[Echo], gr
         priority=body.priority or 0,
         cache_salt=body.cache_salt,
         grammar=grammar,
+        grammar_param=body.grammar_param,
         steering=body.steering,
         trace_routing=bool(body.routing),
         trace_prompt_routing=bool(body.routing_prompt),

@@ -1,4 +1,4 @@
-"""GET /health, /ready and /version.
+"""GET /health, /ready and /version; HEAD too, which is what some load balancers send.
 
 /health: is the engine there and does it answer? A supervisor that sees 503 here should restart the server.
 /ready: would a request be taken now? A load balancer that sees 503 here should send its requests elsewhere.
@@ -24,12 +24,14 @@ def router(service: Service) -> APIRouter:
             reason = service.engine.error or "the engine does not answer"
             raise ApiError(503, f"Not healthy: {reason}.", code="engine_dead")
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", summary="Is the engine alive?", responses=responses(Health))
     async def health() -> Response:
         check_engine()
         answer: Health = {"status": "ok"}
         return JsonResponse(answer)
 
+    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready", summary="Would a request be taken now?", responses=responses(Readiness))
     async def ready() -> Response:
         check_engine()
@@ -37,6 +39,7 @@ def router(service: Service) -> APIRouter:
         answer: Readiness = {"status": "ready"}
         return JsonResponse(answer)
 
+    @routes.head("/version", include_in_schema=False)
     @routes.get("/version", summary="The server's version", responses=responses(Version))
     async def version() -> Response:
         answer: Version = {"version": VERSION}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,11 +12,15 @@ from fastapi.routing import APIRoute
 from server.errors import ApiError, BadBodyError
 from server.json_io import NotFiniteError, parse
 
+_LARGE = 64 * 1024
+"""A longer body, in bytes, is read in a thread."""
+
 
 class JsonRequest(Request):
     async def json(self) -> Any:
+        body = await self.body()
         try:
-            return parse(await self.body())
+            return await asyncio.to_thread(parse, body) if len(body) > _LARGE else parse(body)
         except NotFiniteError as error:
             raise BadBodyError(
                 f"{error.field or 'The body'} has a number that is not finite.", param=error.field

@@ -52,10 +52,15 @@ def _calls(form: CallFormat, tools: Sequence[Tool], *, parallel: bool, valid: bo
     rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools))))
     for index, tool in enumerate(tools):
         function = tool.function
-        schema = {"type": "object", **(function.parameters or {})} if valid else _ANY_OBJECT
+        schema = arguments_schema(tool) if valid else _ANY_OBJECT
         head = _quoted(f'{{"name": "{function.name}", "arguments": ')
         rules.append(f'call_{index}: {head} {_json(schema)} "}}"')
     return "\n".join(rules) + "\n"
+
+
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """What the arguments of a demanded call are valid under."""
+    return _ANY_OBJECT | (tool.function.parameters or {})
 
 
 def _sign(form: CallFormat, marker: str) -> str:

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,8 +111,8 @@ def _apply(matchers: Sequence[Matcher], batch: int, vocab_size: int) -> dict[str
 
 
 def _summary(nanoseconds: Sequence[int]) -> dict[str, float]:
-    at: Callable[[float], float] = lambda share: float(np.quantile(nanoseconds, share)) / 1e3  # noqa: E731
-    return {"count": len(nanoseconds), "median": at(0.5), "p99": at(0.99), "max": at(1.0)}
+    median, p99, most = np.quantile(nanoseconds, [0.5, 0.99, 1.0]) / 1e3
+    return {"count": len(nanoseconds), "median": float(median), "p99": float(p99), "max": float(most)}
 
 
 def main() -> None:

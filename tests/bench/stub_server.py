@@ -20,7 +20,7 @@ from engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.text import Tokenizer
 from server.config import ServerConfig
-from server.edge.access_log import lines_to
+from server.edge.access_log import logs_to
 from server.run import Prepared, listen, serve
 from tests.bench.stub_core import CORE
 
@@ -58,7 +58,7 @@ def main(port: int, step_seconds: float, samples: Path | None) -> int:
     options = json.dumps({"step_seconds": step_seconds, "tokenizer": str(TOKENIZER)})
     start = partial(AsyncEngine.start, EngineConfig(model=options), core=CORE)
     config = ServerConfig(served_model_name=MODEL)
-    with listen("127.0.0.1", port) as sock, open(os.devnull, "w") as nowhere, lines_to(nowhere):
+    with listen("127.0.0.1", port) as sock, open(os.devnull, "w") as nowhere, logs_to(nowhere):
         return serve(sock, lambda: Prepared(config, Tokenizer.load(TOKENIZER), start), config.edge)
 
 

@@ -17,6 +17,7 @@ MODEL = "tiny"
 CONTEXT = 2048
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 TURNS = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate, beginning with the user') }}{% endif %}"
@@ -49,6 +50,8 @@ def _deep(opening: str, closing: str, count: int) -> str:
 _GOOD: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"model": MODEL, "prompt": "Hi", "max_tokens": 5},
     CHAT: {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5},
+    TOKENIZE: {"model": MODEL, "prompt": "Hi"},
+    DETOKENIZE: {"model": MODEL, "tokens": [72, 105]},
 }
 
 _H1: dict[str, bytes] = {
@@ -118,6 +121,14 @@ _H8: dict[str, Any] = {
     "a number": 5,
     "an object": {"text": "Hi"},
 }
+_NO_TOKENS: dict[str, Any] = {
+    "missing": _MISSING,
+    "null": None,
+    "text": "5",
+    "[true]": [True],
+    "[1.5]": [1.5],
+    "[[1]]": [[1]],
+}
 _H9: dict[str, Any] = {
     "-1": [-1],
     "the vocabulary's size": [VOCAB_SIZE],
@@ -184,6 +195,9 @@ def _with(path: str, **fields: Any) -> bytes:
     return json.dumps(body).encode()
 
 
+GOOD = _with(COMPLETIONS)
+
+
 def _with_text(path: str, name: str, value: str) -> bytes:
     """A good body with one more field, given as JSON text."""
     body = {key: item for key, item in _GOOD[path].items() if key != name}
@@ -191,7 +205,7 @@ def _with_text(path: str, name: str, value: str) -> bytes:
 
 
 def _bodies() -> Iterator[Case]:
-    for path in (COMPLETIONS, CHAT):
+    for path in _GOOD:
         for what, body in _H1.items():
             yield Case(row="H1", what=what, path=path, body=body)
         for what, (name, value, param) in _H2.items():
@@ -203,7 +217,7 @@ def _routes() -> Iterator[Case]:
         yield Case(row="H6", what="", path=route, body=_with(COMPLETIONS), status=404)
     for method, route in _H6_METHODS:
         yield Case(row="H6", what=method, method=method, path=route, body=b"", status=405)
-    for path in (COMPLETIONS, CHAT):
+    for path in _GOOD:
         for model in _H7:
             body = _with(path, model=model)
             yield Case(
@@ -216,9 +230,13 @@ def _prompts() -> Iterator[Case]:
         for what, prompt in prompts.items():
             body = _with(COMPLETIONS, prompt=prompt)
             yield Case(row=row, what=what, path=COMPLETIONS, body=body, param="prompt", in_message=("prompt",))
+    for what, tokens in (_NO_TOKENS | _H9).items():
+        body = _with(DETOKENIZE, tokens=tokens)
+        yield Case(row="H9", what=what, path=DETOKENIZE, body=body, param="tokens", in_message=("tokens",))
     for surrogate in (r'"a\ud800b"', r'"\udc00\ud800"', r'["ok", "\ud83d"]'):
         yield Case(row="H10", what=surrogate, path=COMPLETIONS, body=_with_text(COMPLETIONS, "prompt", surrogate))
         yield Case(row="H10", what=f"stop {surrogate}", path=CHAT, body=_with_text(CHAT, "stop", surrogate))
+    yield Case(row="H10", what="U+D800", path=TOKENIZE, body=_with_text(TOKENIZE, "prompt", r'"\ud800"'))
     messages = r'[{"role": "user", "content": "\udfff"}]'
     yield Case(row="H10", what="in a message", path=CHAT, body=_with_text(CHAT, "messages", messages))
     long: dict[str, tuple[dict[str, Any], str, tuple[int, ...]]] = {
@@ -283,7 +301,12 @@ def _chats() -> Iterator[Case]:
 
 def streamed(case: Case) -> Case | None:
     """The same case with `stream: true`, where its body is an object to add that to."""
-    if case.path not in _GOOD or case.method != "POST" or not case.body.startswith(b'{"model"') or case.row == "H14":
+    if (
+        case.path not in (COMPLETIONS, CHAT)
+        or case.method != "POST"
+        or not case.body.startswith(b'{"model"')
+        or case.row == "H14"
+    ):
         return None
     return Case(**(vars(case) | {"what": f"{case.what}, streamed", "body": b'{"stream": true, ' + case.body[1:]}))
 

@@ -45,3 +45,11 @@ def check_error(answer: Answer, status: int, *, param: str | None, code: str | N
     if status == 405:
         assert answer.headers["allow"]
     return error
+
+
+def check_parser_error(answer: Answer) -> None:
+    """That `answer` is the HTTP parser's: a 400 or 431, in plain text or in the error shape."""
+    assert answer.status_code in (400, 431), answer.content[:500]
+    if answer.headers["content-type"] == "application/json":
+        check_error(answer, answer.status_code, param=None, code=None)
+    assert len(answer.content) < 1000

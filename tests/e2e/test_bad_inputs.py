@@ -13,7 +13,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from tests.e2e.bad_cases import CASES, CHAT, COMPLETIONS, MODEL, TURNS, Case
+from tests.e2e.bad_cases import CASES, CHAT, COMPLETIONS, MODEL, TOKENIZE, TURNS, Case
 from tests.e2e.error_answers import check_error
 from tests.e2e.good_streams import GoodStreams, unharmed
 from tests.e2e.raw import exchange, head
@@ -61,10 +61,10 @@ def test_refused(client: httpx.Client, case: Case) -> None:
         assert part in error["message"]
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, TOKENIZE])
 def test_a_null_character_is_text(client: httpx.Client, path: str) -> None:
     """H10."""
-    body = {"prompt": "a\0b"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "a\0b"}]}
+    body = {"messages": [{"role": "user", "content": "a\0b"}]} if path == CHAT else {"prompt": "a\0b"}
     assert client.post(path, json={"model": MODEL, "max_tokens": 3} | body).status_code == 200
 
 

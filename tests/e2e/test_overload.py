@@ -19,7 +19,7 @@ from tests.e2e.bad_cases import CHAT, COMPLETIONS, MODEL
 from tests.e2e.error_answers import check_error
 from tests.e2e.running import Server, running_server
 
-LONG = {"model": MODEL, "prompt": "a long story", "max_tokens": 1000, "ignore_eos": True, "temperature": 0}
+LONG = {"model": MODEL, "prompt": "a long story", "max_tokens": 700, "ignore_eos": True, "temperature": 0}
 SHORT = LONG | {"max_tokens": 2}
 
 
@@ -55,6 +55,13 @@ def refused(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
     assert time.monotonic() - start < 1
 
 
+def end_idle(server: Server) -> None:
+    """End a server that has nothing to do, as it knows too."""
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(4) == 0
+    assert "Traceback" not in server.log_text(), server.log_text()
+
+
 BODIES: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, SHORT),
     (COMPLETIONS, SHORT | {"stream": True}),
@@ -87,17 +94,20 @@ def test_a_full_queue(tiny_checkpoint: Path, running: int, waiting: int) -> None
         assert client.post(COMPLETIONS, json=SHORT).status_code == 200
         assert server.metric("mixserve_requests_rejected_total") == len(BODIES)
         server.wait_for_metric("mixserve_kv_cache_usage_perc", 0, seconds=2)
-        assert "Traceback" not in server.log_text()
+        end_idle(server)
 
 
 def test_choices_that_do_not_all_fit_leave_nothing_behind(tiny_checkpoint: Path) -> None:
     """The first of them did fit."""
     options = ("--served-model-name", MODEL, "--max-num-seqs", "1", "--max-num-queued-requests", "2")
     with running_server(str(tiny_checkpoint), *options) as server, httpx.Client(base_url=server.url) as client:
-        with long_streams(server, 1):
+        with long_streams(server, 1) as streams:
             refused(client, COMPLETIONS, LONG | {"n": 5})
-            server.wait_for_metric("mixserve_num_requests_waiting", 0, seconds=2)
-        server.wait_for_metric("mixserve_kv_cache_usage_perc", 0, seconds=2)
+            time.sleep(0.2)  # the metric is of the latest step
+            assert server.metric("mixserve_num_requests_waiting") == 0
+            assert not streams[0].done(), "else those that wait would run"
+        server.wait_for_metric("mixserve_kv_cache_usage_perc", 0, seconds=1)
+        end_idle(server)
 
 
 def test_a_server_that_shuts_down(tiny_checkpoint: Path) -> None:

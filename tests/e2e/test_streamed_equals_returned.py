@@ -76,7 +76,7 @@ def check_request(client: httpx.Client, target: Target, seed: int) -> Seen:
         assert one.text == other.text
         assert one.finish_reason == other.finish_reason
         assert (one.tokens, one.data, one.offsets) == (other.tokens, other.data, other.offsets)
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
     for usage in (answer["usage"], chunks[-1]["usage"]):
         usage.pop("prompt_tokens_details", None)
     assert answer["usage"] == chunks[-1]["usage"]
@@ -183,9 +183,9 @@ def test_two_hundred_requests_to_the_tiny_model(tiny_server: Server, tiny_checkp
 @pytest.mark.demo
 def test_real_tokens(demo_server: Server, demo_checkpoint: Path) -> None:
     """Whose bytes are parts of characters, and more than one character."""
-    demo = target(demo_checkpoint, "mixserve-demo", max_tokens=12)
+    demo = target(demo_checkpoint, "mixserve-demo", max_tokens=10)
     with httpx.Client(base_url=demo_server.url, timeout=120) as client, ThreadPoolExecutor(8) as pool:
-        seen = sum(pool.map(lambda seed: check_request(client, demo, seed), range(1000, 1030)), Seen())
-    assert seen["cut"] >= 10, seen
-    assert seen["parts"] >= 40, seen
-    assert seen["multibyte"] >= 20, seen
+        seen = sum(pool.map(lambda seed: check_request(client, demo, seed), range(1000, 1020)), Seen())
+    assert seen["cut"] >= 8, seen
+    assert seen["parts"] >= 20, seen
+    assert seen["multibyte"] >= 10, seen

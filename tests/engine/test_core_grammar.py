@@ -175,14 +175,16 @@ def test_ignore_eos_does_not_go_beyond_the_grammar(core: EngineCore) -> None:
 @pytest.mark.parametrize("ignore_eos", [False, True])
 @pytest.mark.parametrize("end", ENDS)
 def test_min_tokens(core: EngineCore, ignore_eos: bool, end: int) -> None:
-    """Even if the model would rather end, by either end."""
+    """Even if the model would rather end, by either end; with ignore_eos there is no end but the grammar's or
+    max_tokens."""
     bias = ((end, 100.0),)
     for min_tokens in (0, 1, 5, 20):
         params = {"min_tokens": min_tokens, "ignore_eos": ignore_eos, "logit_bias": bias, "max_tokens": 30}
         events = run(core, ask("a", GrammarSpec.regex("a*"), **params), ask("b", GrammarSpec.choice(["ab"]), **params))
-        assert tokens_of(events["a"]) == [*b"a" * min_tokens, end]
+        assert tokens_of(events["a"]) == ([*b"a" * 30] if ignore_eos else [*b"a" * min_tokens, end])
+        assert end_of(events["a"]) is (LENGTH if ignore_eos else STOP)
         assert tokens_of(events["b"]) == [*b"ab", end], "no more can come"
-        assert end_of(events["a"]) is end_of(events["b"]) is STOP
+        assert end_of(events["b"]) is STOP
 
 
 def test_an_end_that_the_model_does_not_know_of(core: EngineCore) -> None:
@@ -365,6 +367,7 @@ def test_a_matcher_that_fails_fails_its_request_alone(
     )
     bad = events.pop("bad")
     assert (end_of(bad), bad[-1].error, len(tokens_of(bad))) == (ERROR, f"injected in {where}", after)
+    assert bad[-1].param == "grammar"
     assert {name: tokens_of(found) for name, found in events.items()} == {
         name: tokens_of(found) for name, found in alone.items()
     }

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from engine.errors import EngineDeadError
-from engine.stream import MAX_PENDING_EVENTS, Mailbox, merge
+from engine.errors import EngineDeadError, InvalidRequestError, RequestFailedError
+from engine.stream import MAX_PENDING_EVENTS, Mailbox, RequestStream, merge
 from engine.types import FinishReason, TokenEvent, TokenLogprobs
 from tests.engine.engines import in_loop
 
@@ -78,3 +78,12 @@ async def test_a_failure_wakes_a_reader() -> None:
     mailbox.fail("it broke")
     with pytest.raises(EngineDeadError, match="it broke"):
         await asyncio.wait_for(waiting, 5)
+
+
+@in_loop
+async def test_an_error_that_is_the_requests_own_fault() -> None:
+    for param, kind in ((None, RequestFailedError), ("grammar", InvalidRequestError)):
+        mailbox = Mailbox("a")
+        mailbox.put(TokenEvent(request_id="a", finish_reason=FinishReason.ERROR, error="too slow", param=param))
+        with pytest.raises(kind, match="too slow"):
+            await anext(RequestStream(mailbox, lambda _: None))

@@ -98,6 +98,7 @@ class FakeEngine:
         self.step_seconds = step_seconds
         self.max_waiting = max_waiting
         self.fail_at = fail_at
+        self.failure: Exception = RequestFailedError("secret detail of the inside")
         self.num_cached_tokens = num_cached_tokens
         self.silent = False
         self.requests: list[Request] = []
@@ -213,7 +214,7 @@ class FakeEngine:
         request, params = live.request, live.request.params
         if live.num_output == self.fail_at:
             self._running.remove(live)
-            live.events.put_nowait(RequestFailedError("secret detail of the inside"))
+            live.events.put_nowait(self.failure)
             return
         prompt_logprobs = prompt_routing = routing = None
         top_k = top_k_of(request, self.info)

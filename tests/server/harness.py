@@ -99,7 +99,7 @@ def live_server(
     async def main() -> None:
         engine = make_engine()
         app = create_app(engine, tokenizer, config)
-        http = HttpServer(app, lambda: None, config.edge, tls)
+        http = HttpServer(app, lambda: None, config.edge, app.state.service.metrics.count_rejected, tls)
         made.update(engine=engine, app=app, service=app.state.service, http=http, loop=asyncio.get_running_loop())
         started.set()
         await http.serve(sockets=[sock])

@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.text import Tokenizer
 from engine.types import Request
 from server.config import EdgeConfig, ServerConfig
-from server.edge.access_log import lines_to
+from server.edge.access_log import logs_to
 from server.edge.keys import ApiKey
 from server.edge.tls import tls_context
 from server.run import Prepared, listen, serve
@@ -43,7 +43,7 @@ def main(port: int, load_seconds: float, shutdown_timeout: float, *certificate: 
         death_grace=0.5,
         edge=EdgeConfig(api_keys=(ApiKey.of("secret"),) if certificate else ()),
     )
-    with listen("127.0.0.1", port) as sock, lines_to(sys.stderr):
+    with listen("127.0.0.1", port) as sock, logs_to(sys.stderr):
         return serve(sock, lambda: Prepared(config, Tokenizer.load(MIXTRAL), start), config.edge, tls)
 
 

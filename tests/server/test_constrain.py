@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from engine.errors import InvalidRequestError
 from engine.grammar import GrammarSpec
 from engine.grammar.spec import MAX_SOURCE_BYTES
 from engine.text import Tokenizer
@@ -93,11 +95,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "every answer to this schema has",
     ),
     ({"json": {"type": "array", "minItems": 10**9}}, "every answer to this schema has at least 2000000001 characters"),
-    ({"json": {"const": "a" * MAX_SOURCE_BYTES}}, "the grammar is 2622"),
+    ({"json": {"const": "a" * MAX_SOURCE_BYTES}}, "the grammar is 262157 characters long"),
     ({"regex": "(a"}, "invalid regex: unclosed group"),
     ({"regex": "(?=a)"}, "invalid regex: look-around"),
     ({"regex": "((a{1,1000}){1,1000}){1,1000}"}, "lexer error: too many expressions constructed"),
-    ({"choice": ["a" * MAX_SOURCE_BYTES]}, "the grammar is 2621"),
+    ({"choice": ["a" * MAX_SOURCE_BYTES]}, "the grammar is 262148 characters long"),
+    ({"choice": ["é" * (MAX_SOURCE_BYTES // 2)]}, "the grammar is 2621"),
     ({"grammar": 'stort: "a"'}, "no start rule found"),
     ({"grammar": 'start: "a"\nstart: "b"'}, 'line 2, column 8: duplicate rule: "start"'),
     ({"grammar": '%llguidance {}\nstart: "a"'}, "a grammar may not set %llguidance options"),
@@ -186,3 +189,22 @@ def test_too_many_in_line_is_a_503(own_server: Live, monkeypatch: pytest.MonkeyP
     assert error["code"] == "server_overloaded"
     assert int(response.headers["retry-after"]) >= 1
     own_server.complete(structured_outputs={"regex": "known"})
+
+
+def test_a_grammar_that_is_too_slow_to_follow_is_its_senders_fault(tokenizer: Tokenizer) -> None:
+    """Seen before the first token it is a 400, later the last event; either names the field."""
+    failure = InvalidRequestError("the grammar takes too long to follow; make it simpler", param="grammar")
+
+    def failing(after: int) -> FakeEngine:
+        engine = FakeEngine(ANSWER, fail_at=after)
+        engine.failure = failure
+        return engine
+
+    body = {"prompt": "Hi", "structured_outputs": {"regex": "a*"}}
+    with live_server(lambda: failing(0), tokenizer) as live:
+        for stream in (False, True):
+            error = error_of(live.post("/v1/completions", body | {"stream": stream}), 400)
+            assert (error["message"], error["param"]) == (str(failure), "structured_outputs")
+    with live_server(lambda: failing(2), tokenizer) as live:
+        *_, last = live.events("/v1/completions", body)
+        assert json.loads(last)["error"]["param"] == "structured_outputs"

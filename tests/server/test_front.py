@@ -46,5 +46,9 @@ def test_keys_ids_and_origins_hold_from_the_start(caplog: pytest.LogCaptureFixtu
 def test_the_app_takes_over() -> None:
     front = Front(EdgeConfig())
     assert status_and_headers(front, "/v1/models")[0] == 503
-    front.put(reads_all)
+    counted: list[str] = []
+    front.count_rejected("too early")
+    front.put(reads_all, counted.append)
+    front.count_rejected("invalid_request")
     assert call(front)[0]["status"] == 200
+    assert counted == ["invalid_request"]

@@ -93,15 +93,18 @@ BOTH: dict[str, tuple[Any, Any]] = {
     "service_tier": ([], None),
 }
 COMPLETIONS: dict[str, tuple[Any, Any]] = {
-    "prompt": ([TEXT, {"type": "array", "items": TEXT, "minItems": 1}, TOKEN_IDS,
-                {"type": "array", "items": TOKEN_IDS, "minItems": 1}], None),
+    "prompt": ([TEXT, {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 128}, TOKEN_IDS,
+                {"type": "array", "items": TOKEN_IDS, "minItems": 1, "maxItems": 128}], None),
     "max_tokens": (COUNT, 16),
     "best_of": ({"type": "integer", "minimum": 1, "maximum": 128}, None),
     "logprobs": ({"type": "integer", "minimum": 0, "maximum": 20}, None),
     "echo": (FLAG, False),
 }  # fmt: skip
 CHAT: dict[str, tuple[Any, Any]] = {
-    "messages": ({"type": "array", "items": {"$ref": "#/components/schemas/Message"}, "minItems": 1}, None),
+    "messages": (
+        {"type": "array", "items": {"$ref": "#/components/schemas/Message"}, "minItems": 1, "maxItems": 16384},
+        None,
+    ),
     "max_tokens": (POSITIVE, None),
     "max_completion_tokens": (POSITIVE, None),
     "logprobs": (FLAG, False),

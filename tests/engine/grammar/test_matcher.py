@@ -10,7 +10,7 @@ import pytest
 
 from engine.grammar import GrammarError, GrammarSpec, Matcher
 from engine.grammar.build import build
-from engine.grammar.matcher import BURST_SECONDS, SECONDS_PER_TOKEN, TokenBits, num_bytes
+from engine.grammar.matcher import BURST_SECONDS, SECONDS_PER_TOKEN, Budget, TokenBits, num_bytes
 from tests.engine.grammar.texts import ENDS, allowed, matches
 from tests.tiny_tokenizer import VOCAB_SIZE
 
@@ -107,7 +107,8 @@ def test_a_grammar_that_takes_ever_longer_is_given_up(library: LLTokenizer) -> N
     assert 10 < far < 1000
     with pytest.raises(GrammarError, match="too long"):
         allowed(matcher)
-    assert far / 10 < follow(start.copy(), 1000), "a copy of the beginning has its own time"
+    assert follow(start.copy(), 1000) < 5, "who asks for many choices has no more time than who asks for one"
+    assert follow(at(AMBIGUOUS, library), 1000) > far / 10, "built anew it has"
 
 
 def test_time_is_given_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +128,7 @@ def test_time_is_given_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
             return True
 
     def steps(seconds: float) -> int:
-        matcher = Matcher(Slow(seconds), ())  # type: ignore[arg-type]
+        matcher = Matcher(Slow(seconds), (), Budget())  # type: ignore[arg-type]
         for step in range(10_000):
             try:
                 matcher.consume(0)
@@ -150,7 +151,7 @@ def test_time_that_was_not_taken_does_not_add_up(monkeypatch: pytest.MonkeyPatch
             now += took
             return True
 
-    matcher = Matcher(Inner(), ())  # type: ignore[arg-type]
+    matcher = Matcher(Inner(), (), Budget())  # type: ignore[arg-type]
     for _ in range(10_000):
         matcher.consume(0)
     took = 1.1 * BURST_SECONDS

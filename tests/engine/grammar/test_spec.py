@@ -224,3 +224,13 @@ def test_a_model_may_write_in_the_tokens_it_likes() -> None:
     assert allowed(matcher, 8) == {0, 3, 4}
     matcher.consume(0)
     assert allowed(matcher, 8) == {1, 6}
+
+
+@pytest.mark.parametrize(("pattern", "whole"), [("yes\\", False), ("\\", False), ("a\\\\", True), ("a\\\\\\", False)])
+def test_an_escape_must_be_whole(pattern: str, whole: bool) -> None:
+    """A backslash at the end would be left out in silence."""
+    if whole:
+        assert GrammarSpec.regex(pattern).source()
+        return
+    with pytest.raises(GrammarError, match="middle of an escape"):
+        GrammarSpec.regex(pattern).source()

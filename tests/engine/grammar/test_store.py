@@ -87,3 +87,13 @@ def test_building_does_not_hold_up_the_caller(monkeypatch: pytest.MonkeyPatch) -
         assert matches(future.result(30), text)
     assert len(threads) == 1
     assert threading.current_thread() not in threads
+
+
+def test_a_grammar_that_is_forgotten_is_built_anew(built: list[str]) -> None:
+    """What copies learn of a grammar they share, and over a bound none of them can go on."""
+    grammars = GrammarStore(byte_vocabulary())
+    start = grammars.get(source("ab")).result(30)
+    grammars.forget(source("ab"))
+    grammars.forget(source("never built"))
+    assert grammars.get(source("ab")).result(30) is not start
+    assert built == [source("ab"), source("ab")]

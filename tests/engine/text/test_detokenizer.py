@@ -110,6 +110,23 @@ def test_byte_level_keeps_the_leading_space(chatml: Tokenizer) -> None:
     assert "".join(texts(chatml, chatml.encode(" world"), drop=True)) == " world"
 
 
+def test_a_mark_ends_a_character_that_is_not_whole(mixtral: Tokenizer) -> None:
+    detokenizer = Detokenizer(
+        mixtral.vocabulary, skip_special_tokens=True, drop_leading_space=False, marks={1: "\ufdd0"}
+    )
+    ids = [3 + 0xE4, 3 + 0xB8, 1, 3 + 0x96, 1, 1]
+    assert [detokenizer.push(token_id) for token_id in ids] == ["", "", "\ufffd\ufdd0", "\ufffd", "\ufdd0", "\ufdd0"]
+    assert detokenizer.finish() == ""
+
+
+def test_no_other_token_writes_a_mark(mixtral: Tokenizer) -> None:
+    written = "a\ufdd0b\ufdd1"
+    ids = [3 + byte for byte in written.encode()]
+    marked = Detokenizer(mixtral.vocabulary, skip_special_tokens=True, drop_leading_space=False, marks={1: "\ufdd0"})
+    assert "".join(marked.push(token_id) for token_id in [*ids, 1]) == "a\ufffdb\ufdd1\ufdd0"
+    assert "".join(texts(mixtral, ids)) == written
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_marks_go_before_the_tokens_own_text(mixtral: Tokenizer, skip: bool) -> None:
     detokenizer = Detokenizer(

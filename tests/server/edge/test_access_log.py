@@ -14,7 +14,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from engine.text import Tokenizer
-from server.edge.access_log import AccessLog, lines_to
+from server.edge.access_log import AccessLog, logs_to
 from server.edge.keys import ApiKey
 from server.edge.request_ids import RequestIds
 from tests.e2e.raw import JSON, connection, exchange, head, post, read_answer
@@ -202,9 +202,9 @@ def test_it_is_written_once_at_the_end(lines: Lines) -> None:
     assert lines.one()["end"] == "finished"
 
 
-def test_lines_to_a_stream(locked: Live) -> None:
+def test_logs_to_a_stream(locked: Live) -> None:
     stream = io.StringIO()
-    with lines_to(stream):
+    with logs_to(stream):
         for _ in range(3):
             assert locked.client.get("/health").status_code == 200
         deadline = time.monotonic() + 5

@@ -27,6 +27,11 @@ def function(**fields: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "f"} | fields}]
 
 
+ENDLESS = {
+    "$ref": "#/$defs/A",
+    "$defs": {"A": {"type": "object", "required": ["n"], "properties": {"n": {"$ref": "#/$defs/A"}}}},
+}
+LONG = {"properties": {"text": {"type": "string", "minLength": 100_000}}, "required": ["text"]}
 NAMED = {"type": "function", "function": {"name": "f"}}
 
 
@@ -70,6 +75,9 @@ NAMED = {"type": "function", "function": {"name": "f"}}
             "tools",
             "tools: ",
         ),
+        ({"tools": function(parameters=ENDLESS), "tool_choice": "required"}, "tools", "no end"),
+        ({"tools": [*function(name="g"), *function(parameters=ENDLESS)], "tool_choice": NAMED}, "tools", "no end"),
+        ({"tools": function(parameters=LONG), "tool_choice": NAMED}, "tools", "at least 100011 characters"),
         (
             {"tools": function(), "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
                 "type": "no"}}}},
@@ -101,6 +109,8 @@ def test_what_is_refused(busy_server: Live, body: dict[str, Any], param: str, wo
         {"tools": function(description=None, parameters=None, strict=None, more=1)},
         {"tools": function(parameters={}, strict=True)},
         {"tools": function(parameters={"type": "object", "properties": {}}), "tool_choice": "auto"},
+        {"tools": function(parameters=ENDLESS), "tool_choice": "auto"},
+        {"tools": [*function(name="g", parameters=ENDLESS), *function()], "tool_choice": NAMED},
     ],
 )
 def test_what_is_taken(roomy_server: Live, body: dict[str, Any]) -> None:

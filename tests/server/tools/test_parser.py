@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from engine.text import TextStream, Tokenizer
+from engine.types import SamplingParams
 from server.tools.formats import CallFormat
 from server.tools.parser import CallArguments, CallBegun, CallParser, Said
 from tests.server.tools.kinds import KINDS
@@ -39,6 +41,18 @@ def test_hermes_calls(
     if formats[kind].signs:
         content = content.replace("<tool_call>", "")
     assert read(formats[kind], text) == (content, calls, len(calls))
+
+
+@pytest.mark.parametrize("kind", ["hermes", "mistral"])
+def test_a_sign_that_the_model_writes_is_none(
+    tokenizers: dict[str, Tokenizer], formats: dict[str, CallFormat], kind: str
+) -> None:
+    form, tokenizer = formats[kind], tokenizers[kind]
+    stream = TextStream(tokenizer, SamplingParams(), chat=True, marks=form.marks)
+    call = f"[{F}]" if form.name == "mistral" else F
+    ids = tokenizer.encode(f"\ufdd0{call}{form.marker}{call}", add_special_tokens=False)
+    parsed = parse(form, stream.push(ids).text + stream.finish())
+    assert outcome(*parsed) == (f"\ufffd{call}", CALLS[:1], 1)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mistral text"])

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from engine.text import Tokenizer
 from engine.validate import MAX_NAME_BYTES
+from server.config import EdgeConfig, ServerConfig
 from server.edge.keys import ApiKey
-from tests.server.edge.conftest import KEY, OTHER_KEY
-from tests.server.harness import Live
+from tests.server.fake_engine import FakeEngine
+from tests.server.harness import MODEL, Live, live_server
 
+KEY, OTHER_KEY = "sk-first-0123456789", "sk-second-0123456789"
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture(scope="module")
+def locked(tokenizer: Tokenizer) -> Iterator[Live]:
+    edge = EdgeConfig(api_keys=(ApiKey.of(OTHER_KEY), ApiKey.of(KEY)))
+    config = ServerConfig(served_model_name=MODEL, edge=edge)
+    with live_server(lambda: FakeEngine(lambda _: [5, 6]), tokenizer, config) as live:
+        yield live
 
 
 def salt(live: Live, path: str, body: dict[str, Any], key: str = "none") -> str | None:
