@@ -196,7 +196,7 @@ def test_a_grammar_that_is_too_slow_to_follow_is_its_senders_fault(tokenizer: To
     failure = InvalidRequestError("the grammar takes too long to follow; make it simpler", param="grammar")
 
     def failing(after: int) -> FakeEngine:
-        engine = FakeEngine(ANSWER, fail_at=after)
+        engine = FakeEngine(lambda _: [5, 6, 7, 8], fail_at=after)
         engine.failure = failure
         return engine
 
