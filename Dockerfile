@@ -12,11 +12,15 @@ RUN command -v python3 > /dev/null || ( \
         && rm -rf /var/lib/apt/lists/* )
 
 FROM python AS build
+# For the CPU kernels: without a compiler torch's operations would serve on a CPU.
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends g++ python3-dev \
+    && rm -rf /var/lib/apt/lists/*
 ARG PIP_EXTRA_INDEX_URL
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/mixserve
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY server server
 COPY engine engine
 COPY weights weights

@@ -45,7 +45,7 @@ clean:
 	@find server engine weights tests -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp is newer than what it was installed from. setuptools comes first, pinned, so that building the project fetches none.
-$(VENV)/run.stamp: pyproject.toml constraints.txt
+$(VENV)/run.stamp: pyproject.toml constraints.txt setup.py $(wildcard engine/kernels/cpu/*.cpp engine/kernels/cpu/*.h)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mixserve needs Python 3.11 or later: make PYTHON=python3.12")'
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing mixserve into $(VENV) (PyTorch is large: this can take minutes) ..."

@@ -17,7 +17,9 @@ class EngineConfig:
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16."""
     backend: str = "auto"
-    """auto, torch or reference."""
+    """auto, cpu, torch or reference."""
+    quantization: str | None = None
+    """int8: weights of 8 bits with a scale for each output channel, quantised as they are loaded."""
     load_format: str = "auto"
     """auto, or dummy: random weights of the right shapes, made on the device."""
     max_model_len: int | None = None

@@ -24,6 +24,9 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 BATCH_CONTEXT = 4096
 """Tokens a sequence at which `Plan.max_batch` counts sequences."""
 
+NOT_QUANTIZED = frozenset({ParamKind.NORM, ParamKind.ROUTER})
+"""Kinds that stay as they are: next to nothing, and what they decide is decided for good."""
+
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("kmgt", start=1)
@@ -36,6 +39,7 @@ class Plan:
     """Where the memory of one device goes. All sizes are in bytes, all lengths in tokens."""
 
     dtype: str
+    quantization: str | None
     params: Mapping[ParamKind, int]
     """Number of parameters by kind, as they are held: a tied lm_head is none of its own."""
     active_params: int
@@ -52,7 +56,21 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
-        return self.total_params * ITEMSIZE[self.dtype]
+        return sum(self.weight_bytes_by_kind.values())
+
+    @property
+    def weight_bytes_by_kind(self) -> dict[ParamKind, int]:
+        """Scales of quantised weights, a few bytes a row, are left out."""
+        return {kind: count * self._itemsize(kind) for kind, count in self.params.items()}
+
+    @property
+    def active_bytes(self) -> int:
+        """Of the weights that one token's forward pass reads."""
+        idle = self.total_params - self.active_params  # all of them in experts
+        return self.weight_bytes - idle * self._itemsize(ParamKind.EXPERT)
+
+    def _itemsize(self, kind: ParamKind) -> int:
+        return 1 if self.quantization is not None and kind not in NOT_QUANTIZED else ITEMSIZE[self.dtype]
 
     @property
     def budget_bytes(self) -> int:
@@ -82,6 +100,7 @@ class Plan:
     def to_json_dict(self) -> dict[str, Any]:
         return {
             "dtype": self.dtype,
+            "quantization": self.quantization,
             "total_params": self.total_params,
             "active_params": self.active_params,
             "params": {kind.value: count for kind, count in self.params.items()},
@@ -100,12 +119,12 @@ class Plan:
 
     def table(self) -> str:
         """The plan for people: parameters by kind, then how they share the memory, then the verdict."""
-        size = ITEMSIZE[self.dtype]
-        lines = [f"{'':<24}{'parameters':>16}{self.dtype:>14}"]
-        lines += [f"{kind.value:<24}{count:>16,}{_gb(count * size):>14}" for kind, count in self.params.items()]
+        sizes = self.weight_bytes_by_kind
+        lines = [f"{'':<24}{'parameters':>16}{self.quantization or self.dtype:>14}"]
+        lines += [f"{kind.value:<24}{count:>16,}{_gb(sizes[kind]):>14}" for kind, count in self.params.items()]
         lines += [
             f"{'total':<24}{self.total_params:>16,}{_gb(self.weight_bytes):>14}",
-            f"{'active for a token':<24}{self.active_params:>16,}{_gb(self.active_params * size):>14}",
+            f"{'active for a token':<24}{self.active_params:>16,}{_gb(self.active_bytes):>14}",
             "",
             f"{'memory':<40}{_gb(self.memory_bytes):>14}",
             f"{f'to use ({self.gpu_memory_utilization:.0%})':<40}{_gb(self.budget_bytes):>14}",
@@ -134,6 +153,7 @@ def plan_model(
     config: ModelConfig,
     *,
     dtype: str | None = None,
+    quantization: str | None = None,
     memory_bytes: int | None = None,
     max_model_len: int | None = None,
     max_num_batched_tokens: int = 2048,
@@ -163,6 +183,7 @@ def plan_model(
         raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], not {gpu_memory_utilization}")
     return Plan(
         dtype=dtype,
+        quantization=quantization,
         params=params_by_kind(config),
         active_params=active_params(config),
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from engine.backends.base import Backend
-from engine.backends.reference import ReferenceBackend
-from engine.backends.torch import TorchBackend
+from engine.backends.select import BACKENDS, make_backend
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
 from engine.executor import Executor, LocalExecutor
 from engine.memory import kv_cache_bytes, num_kv_blocks
 from engine.models.decoder import Decoder
 from engine.models.registry import build_model
-from engine.plan import (
-    activation_bytes,
-    active_params,
-    device_memory,
-    kv_bytes_per_token,
-    params_by_kind,
-    plan_model,
-)
+from engine.plan import Plan, activation_bytes, device_memory, kv_bytes_per_token, plan_model
 from engine.profile import measure_activations
 from engine.routing.base import Router
 from engine.routing.record import RoutingRecord
@@ -37,9 +27,8 @@ from engine.types import EngineInfo, MemoryUse
 from weights import dummy
 from weights.checkpoint import open_checkpoint
 from weights.config import ModelConfig, load_config
-from weights.families.mixtral import param_specs
 from weights.loader import load
-from weights.params import ParamKind, ParamSpec
+from weights.params import ParamKind
 from weights.reader import resolve
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -57,7 +46,9 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     model_config = checkpoint.config if checkpoint is not None else load_config(path)
     dtype_name = pick_dtype(config.dtype, model_config, device)
     max_model_len = _max_model_len(config, model_config)
-    backend = make_backend(config.backend, param_specs(model_config), device=device, dtype=DTYPES[dtype_name])
+    backend = make_backend(
+        config.backend, model_config, device=device, dtype=DTYPES[dtype_name], quantization=config.quantization
+    )
     router = make_router(
         model_config,
         router=config.router,
@@ -67,7 +58,7 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     model_config = replace(model_config, num_experts_per_tok=model_top_k(model_config, router))
     model = build_model(model_config, backend, router)
 
-    _check_weights_fit(config, model_config, dtype_name, max_model_len, device)
+    plan = _plan_weights(config, model_config, dtype_name, max_model_len, device)
     bytes_per_token = kv_bytes_per_token(model_config, dtype_name)
     num_blocks_in = partial(
         num_kv_blocks, bytes_per_token=bytes_per_token, block_size=config.block_size, max_model_len=max_model_len
@@ -96,8 +87,7 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     cache = backend.new_kv_cache(model_config.num_layers, num_blocks, config.block_size, model.attention_shape)
     eos_token_ids = frozenset(model_config.eos_token_ids)
     runner = Runner(model, cache, steering, record=record, eos_token_ids=eos_token_ids)
-    params = params_by_kind(model_config)
-    itemsize = DTYPES[dtype_name].itemsize
+    params = plan.params
     info = EngineInfo(
         model=config.model,
         model_type=model_config.model_type,
@@ -121,12 +111,12 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
         max_experts_per_tok=router.max_choices,
         expert_params=params.get(ParamKind.EXPERT, 0) // model_config.num_experts,
         eos_token_ids=model_config.eos_token_ids,
-        total_params=sum(params.values()),
-        active_params=active_params(model_config),
+        total_params=plan.total_params,
+        active_params=plan.active_params,
         load_seconds=report.seconds,
         load_bytes=report.num_bytes,
         memory=MemoryUse(
-            weights={str(kind): number * itemsize for kind, number in params.items()},
+            weights={str(kind): size for kind, size in plan.weight_bytes_by_kind.items()},
             kv_cache=num_blocks * config.block_size * bytes_per_token,
             activations=activations,
             total=device_memory(device.type),
@@ -157,15 +147,6 @@ def pick_dtype(name: str, model_config: ModelConfig, device: torch.device) -> st
     return name
 
 
-def make_backend(name: str, specs: Iterable[ParamSpec], *, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend called `name`; auto is the torch backend."""
-    if name in ("auto", "torch"):
-        return TorchBackend(specs, device=device, dtype=dtype)
-    if name == "reference":
-        return ReferenceBackend(specs, device=device, dtype=dtype)
-    raise ConfigurationError(f"backend {name!r} is not one of auto, torch, reference")
-
-
 def _check_options(config: EngineConfig) -> None:
     for field in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "kv_cache_memory_bytes"):
         value = getattr(config, field)
@@ -177,8 +158,10 @@ def _check_options(config: EngineConfig) -> None:
         raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], not {config.gpu_memory_utilization}")
     if config.dtype not in ("auto", *DTYPES):
         raise ConfigurationError(f"dtype {config.dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    if config.backend not in ("auto", "torch", "reference"):
-        raise ConfigurationError(f"backend {config.backend!r} is not one of auto, torch, reference")
+    if config.backend not in BACKENDS:
+        raise ConfigurationError(f"backend {config.backend!r} is not one of {', '.join(BACKENDS)}")
+    if config.quantization not in (None, "int8"):
+        raise ConfigurationError(f"quantization {config.quantization!r} is not int8")
     check_options(router=config.router, capacity_factor=config.capacity_factor, simulation=config.routing_simulation)
     if config.load_format not in ("auto", "dummy"):
         raise ConfigurationError(f"load_format {config.load_format!r} is not one of auto, dummy")
@@ -201,27 +184,31 @@ def _repeatable(config: EngineConfig, router: Router) -> bool:
     return router.capacity_factor is None and not router.draws and config.routing_simulation is None
 
 
-def _check_weights_fit(
+def _plan_weights(
     config: EngineConfig, model_config: ModelConfig, dtype: str, max_model_len: int, device: torch.device
-) -> None:
-    """End the start here, rather than in an allocation that fails late or in a machine that swaps."""
+) -> Plan:
+    """What `mixserve plan` says. Where weights cannot fit, the start ends here, rather than in an allocation that fails
+    late or in a machine that swaps."""
     total = device_memory(device.type)
     plan = plan_model(
         model_config,
         dtype=dtype,
+        quantization=config.quantization,
         memory_bytes=total,
         max_model_len=max_model_len,
         gpu_memory_utilization=config.gpu_memory_utilization,
     )
     if plan.weight_bytes > plan.budget_bytes:
         raise ConfigurationError(
-            f"the weights take {plan.weight_bytes / 1e9:.1f} GB in {dtype}, this device has {total / 1e9:.1f} GB "
-            f"and may use {config.gpu_memory_utilization:.0%} of it; `mixserve plan` tells what would fit"
+            f"the weights take {plan.weight_bytes / 1e9:.1f} GB in {config.quantization or dtype}, this device has "
+            f"{total / 1e9:.1f} GB and may use {config.gpu_memory_utilization:.0%} of it; `mixserve plan` tells what "
+            f"would fit"
         )
     if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes > total:
         raise ConfigurationError(
             f"kv_cache_memory_bytes {config.kv_cache_memory_bytes:,} is more than this device has ({total:,} bytes)"
         )
+    return plan
 
 
 def _activations(

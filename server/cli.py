@@ -179,6 +179,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     plan = plan_model(
         _model_config(resolve(arguments.model, revision=arguments.revision, config_only=True)),
         dtype=None if arguments.dtype == "auto" else arguments.dtype,
+        quantization=arguments.quantization,
         memory_bytes=arguments.memory,
         max_model_len=arguments.max_model_len,
     )
@@ -268,7 +269,7 @@ def _bench_offline(arguments: argparse.Namespace) -> int:
         output_len=arguments.output_len,
         rounds=arguments.rounds,
         seed=arguments.seed,
-        engine={key: value for key, value in vars(arguments).items() if key in ("dtype", "backend")},
+        engine={key: value for key, value in vars(arguments).items() if key in ("dtype", "backend", "quantization")},
     )
     try:
         bench_offline(options, json_file=arguments.json)

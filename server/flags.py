@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "cpu", "torch", "reference")
 BOOLEAN = argparse.BooleanOptionalAction
 
 

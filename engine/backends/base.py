@@ -76,8 +76,8 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 class Backend(Protocol):
-    """A device's operations. Weights are named by parameter (weights/params.py); what a name stands for is the
-    backend's business: the layers only hand names back to it.
+    """What a decoder needs of a device around its layers. Weights are named by parameter (weights/params.py); what a
+    name stands for is the backend's business: models only hand names back to it.
     """
 
     name: str
@@ -111,6 +111,10 @@ class Backend(Protocol):
     def rms_norm(self, param: str, x: Tensor, eps: float) -> Tensor:
         """x / rms(x) * weight over the last dimension, in float32, returned in x's dtype (Zhang & Sennrich 2019)."""
         ...
+
+
+class LayerBackend(Backend, Protocol):
+    """And the operations of a layer, one by one."""
 
     def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
         """Rotate the two halves of every head: x [T, heads, N], positions [T], inv_freq [N/2] (Su et al. 2021)."""

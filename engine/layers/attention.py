@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.backends.base import AttentionShape, Backend, KVCache
+from engine.backends.base import AttentionShape, KVCache, LayerBackend
 from engine.batch import Batch
 
 
@@ -14,7 +14,7 @@ from engine.batch import Batch
 class Attention:
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary positions, layer number `layer`."""
 
-    backend: Backend
+    backend: LayerBackend
     layer: int
     shape: AttentionShape
     inv_freq: Tensor  # [N/2] float32

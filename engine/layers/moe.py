@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.backends.base import Backend
+from engine.backends.base import LayerBackend
 from engine.routing.base import GateOutput, Router, Routing, RoutingInputs
 from engine.routing.plan import group
 
@@ -19,7 +19,7 @@ RoutingObserver = Callable[[int, Tensor, Routing], None]
 class MoELayer:
     """The sparse feed-forward block of layer number `layer`."""
 
-    backend: Backend
+    backend: LayerBackend
     layer: int
     num_experts: int
     router: Router

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from engine.backends.base import AttentionShape, Backend, KVCache
+from engine.backends.base import AttentionShape, Backend, KVCache, LayerBackend
 from engine.batch import Batch
 from engine.layers.attention import Attention
 from engine.layers.moe import MoELayer, RoutingObserver
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderLayer:
+class Layer(Protocol):
     """Pre-norm residual layer: x + attention(norm(x)), then x + moe(norm(x))."""
 
-    backend: Backend
+    def __call__(self, x: Tensor, batch: Batch, cache: KVCache, observe: RoutingObserver | None) -> Tensor:
+        """x [T, D] -> [T, D]; x may be overwritten. Writes this step's keys and values into the cache."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """A layer of a backend's single operations."""
+
+    backend: LayerBackend
     attention: Attention
     moe: MoELayer
     norm_eps: float
@@ -34,7 +43,7 @@ class Decoder:
     """A decoder-only language model over a backend's weights."""
 
     backend: Backend
-    layers: Sequence[DecoderLayer]
+    layers: Sequence[Layer]
     attention_shape: AttentionShape
     norm_eps: float
     lm_head: str

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from engine.backends.base import Backend
+from engine.backends.base import LayerBackend
+from engine.backends.cpu import CpuBackend
 from engine.errors import ConfigurationError
 from engine.models import mixtral
 from engine.models.decoder import Decoder
 from engine.routing.base import Router
 from weights.config import ModelConfig
 
-BUILDERS: dict[str, Callable[[ModelConfig, Backend, Router], Decoder]] = {"mixtral": mixtral.build}
+BUILDERS: dict[str, Callable[[ModelConfig, LayerBackend | CpuBackend, Router], Decoder]] = {"mixtral": mixtral.build}
 
 
-def build_model(config: ModelConfig, backend: Backend, router: Router) -> Decoder:
+def build_model(config: ModelConfig, backend: LayerBackend | CpuBackend, router: Router) -> Decoder:
     """Raises ConfigurationError for a model_type that is not served."""
     if config.model_type not in BUILDERS:
         known = ", ".join(sorted(BUILDERS))

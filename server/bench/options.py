@@ -114,6 +114,7 @@ def add_bench_offline_options(parser: argparse.ArgumentParser) -> None:
     # Fields of EngineConfig, with its defaults.
     parser.add_argument("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help="default: the checkpoint's")
     parser.add_argument("--backend", choices=BACKENDS, default=argparse.SUPPRESS, help="default: auto")
+    parser.add_argument("--quantization", choices=("int8",), default=argparse.SUPPRESS, help="default: none")
     parser.add_argument("--seed", help="of the prompts; default: %(default)s", **_SEED)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
 

@@ -202,7 +202,7 @@ def traced(name: str, index: int) -> Request:
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone(five_experts: Path, backend: str) -> None:
     def core() -> EngineCore:
         return make_core(five_experts, record_routing=True, backend=backend, num_blocks=64)

@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from engine import startup
+from engine.backends import select
+from engine.backends.cpu import CpuBackend
 from engine.backends.reference import ReferenceBackend
+from engine.backends.select import make_backend
 from engine.backends.torch import TorchBackend
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
 from engine.executor import LocalExecutor
-from engine.startup import make_backend, pick_device, pick_dtype, start
+from engine.startup import pick_device, pick_dtype, start
 from engine.types import EngineInfo
 from tests.tiny import TINY_LLAMA, TINY_MIXTRAL, write_tiny_mixtral
 from weights.errors import CheckpointError, ConfigError
@@ -57,6 +60,7 @@ BAD_OPTIONS: list[dict[str, Any]] = [
     {"dtype": "int8"},
     {"dtype": ""},
     {"backend": "triton"},
+    {"quantization": "int4"},
     {"router": "hash"},
     {"capacity_factor": 0.0},
     {"capacity_factor": float("nan")},
@@ -135,7 +139,7 @@ def test_what_a_started_engine_says_of_itself(checkpoint: Path) -> None:
         "model_type": "mixtral",
         "device": "cpu",
         "dtype": "float32",
-        "backend": "torch",
+        "backend": "cpu",
         "vocab_size": 64,
         "num_layers": 2,
         "num_experts": 4,
@@ -164,7 +168,7 @@ def test_what_a_started_engine_says_of_itself(checkpoint: Path) -> None:
     assert info.memory.weights["router"] == 2 * 4 * 32 * 4
     assert info.memory.kv_cache == info.num_blocks * block_bytes
     cache = executor.runner.cache
-    assert cache.keys.nbytes + cache.values.nbytes == info.memory.kv_cache
+    assert cache.keys.nbytes + cache.values.nbytes == 2 * info.memory.kv_cache, "heads of 8, padded to 16"
     assert (cache.num_blocks, cache.block_size) == (info.num_blocks, 5)
     assert info.memory.activations > 0
     assert info.load_seconds >= 0
@@ -254,11 +258,28 @@ def test_dtypes(of_checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_backends() -> None:
-    def make(name: str) -> object:
-        return make_backend(name, param_specs(TINY_MIXTRAL), device=CPU, dtype=torch.float16)
+    def make(name: str, dtype: torch.dtype = torch.float32, quantization: str | None = None) -> object:
+        return make_backend(name, TINY_MIXTRAL, device=CPU, dtype=dtype, quantization=quantization)
 
-    assert isinstance(make("auto"), TorchBackend)
+    assert isinstance(make("auto"), CpuBackend)
+    assert isinstance(make("auto", torch.float16), TorchBackend)
+    assert isinstance(make("cpu", quantization="int8"), CpuBackend)
     assert isinstance(make("torch"), TorchBackend)
     assert isinstance(make("reference"), ReferenceBackend)
-    with pytest.raises(ConfigurationError, match="auto, torch, reference"):
-        make("cuda")
+    with pytest.raises(ConfigurationError, match="float32 or bfloat16, not float16"):
+        make("cpu", torch.float16)
+    with pytest.raises(ConfigurationError, match="quantization int8 needs the CPU kernels"):
+        make("auto", torch.float16, "int8")
+    with pytest.raises(ConfigurationError, match="backend torch has no int8 weights"):
+        make("torch", quantization="int8")
+
+
+def test_torch_serves_where_no_kernels_were_built(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(select, "best", lambda: None)
+    backend = make_backend("auto", TINY_MIXTRAL, device=CPU, dtype=torch.float32)
+    assert isinstance(backend, TorchBackend)
+    assert "no C++ compiler" in caplog.text
+    with pytest.raises(ConfigurationError, match="no C\\+\\+ compiler"):
+        make_backend("cpu", TINY_MIXTRAL, device=CPU, dtype=torch.float32)

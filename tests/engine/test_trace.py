@@ -168,7 +168,7 @@ def test_a_prompt_that_is_only_scored_has_a_trace_too(checkpoint: Path) -> None:
         check_entry(entry, routing_of(token))
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 def test_shapes(checkpoint: Path, backend: str) -> None:
     core: EngineCore = make_core(checkpoint, record_routing=True, backend=backend)
     request = make_request("a", [3, 20], 1, steering=Steering(experts_per_token=3))

@@ -13,9 +13,10 @@ pytestmark = pytest.mark.demo
 PARAMS = SamplingParams(temperature=0.0, max_tokens=48, logprobs=0)
 
 
-@pytest.fixture(scope="module")
-def llm(demo_checkpoint: Path) -> LLM:
-    return LLM(str(demo_checkpoint), dtype="float32", device="cpu", max_model_len=1024, enable_prefix_caching=False)
+@pytest.fixture(scope="module", params=["cpu", "torch"])
+def llm(demo_checkpoint: Path, request: pytest.FixtureRequest) -> LLM:
+    options = {"backend": request.param, "dtype": "float32", "max_model_len": 1024, "enable_prefix_caching": False}
+    return LLM(str(demo_checkpoint), **options)
 
 
 def check(case: GoldenCase, completion: Completion) -> None:

@@ -65,7 +65,7 @@ CHUNKS: dict[str, Callable[[int], list[int]]] = {
 
 
 @pytest.mark.parametrize("schedule", CHUNKS)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 def test_a_k_of_its_own_is_transformers_with_that_k(backend: str, schedule: str, tmp_path: Path) -> None:
     """Requests with K = 1, 3 and 8 in a batch with plain ones, which get what they get from the plain model."""
     make("plain", tmp_path)

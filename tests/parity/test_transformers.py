@@ -18,7 +18,7 @@ from weights.demo import dense_gguf
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 def test_logits_equal_transformers(variant: str, backend: str, tmp_path: Path) -> None:
     model = make(variant, tmp_path)
     ids = torch.randint(0, 101, (29,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -33,8 +33,8 @@ def test_logits_equal_transformers(variant: str, backend: str, tmp_path: Path) -
             break  # slow, and one schedule shows that it is the oracle
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bit_errs_no_more_than_transformers(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "backend"), [("bfloat16", "cpu"), ("bfloat16", "torch"), ("float16", "torch")])
+def test_16_bit_errs_no_more_than_transformers(dtype: str, backend: str, tmp_path: Path) -> None:
     """Mean error of the logits against float32, over all variants and a long prompt: at most 1.2 times theirs."""
     ids = torch.randint(0, 101, (200,), generator=torch.Generator().manual_seed(6)).tolist()
     ours = theirs = 0.0
@@ -48,7 +48,7 @@ def test_16_bit_errs_no_more_than_transformers(dtype: str, tmp_path: Path) -> No
             expected = exact(torch.tensor([ids])).logits[0]
             scale = expected.abs().mean()
             theirs += ((rounded(torch.tensor([ids])).logits[0].float() - expected).abs().mean() / scale).item()
-        actual = paged_logits(load_runner(str(folder), dtype=dtype), ids, [77, 123])
+        actual = paged_logits(load_runner(str(folder), backend=backend, dtype=dtype), ids, [77, 123])
         ours += ((actual - expected).abs().mean() / scale).item()
     assert ours <= 1.2 * theirs, f"{ours:.4f} against {theirs:.4f}"
 
