@@ -13,6 +13,9 @@ from setuptools.command.build_ext import build_ext
 
 FOLDER = "engine/kernels/cpu"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+COMMON = ["-std=c++17", "-O2", "-g0", "-ftree-vectorize", "-fopenmp"]
+# GCC 12 warns of the undefined operands of its own AVX512 header.
+COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 FLAGS = {"scalar": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
@@ -34,7 +37,7 @@ def kernels(name: str, flags: list[str]) -> Extension:
         f"engine.kernels.cpu._kernels_{name}",
         sources=[f"{FOLDER}/kernels.cpp"],
         depends=[f"{FOLDER}/{header}.h" for header in ("simd", "gemm", "math", "attention", "route")],
-        extra_compile_args=["-std=c++17", "-O2", "-g0", "-ftree-vectorize", "-fopenmp", "-Wno-uninitialized", "-Wno-maybe-uninitialized", *flags],
+        extra_compile_args=[*COMMON, *flags],
         extra_link_args=["-fopenmp"],
         optional=True,
         language="c++",

@@ -28,7 +28,7 @@ def pip(*arguments: str | Path, **environ: str) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that the build leaves nothing behind here and finds nothing of an older build; and without a
+    """Built from a copy, so that the build leaves nothing behind here and finds nothing of an older one; and without a
     compiler, which takes seconds instead of a minute and must work."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
@@ -121,7 +121,7 @@ def test_dockerfile_copies_what_its_context_holds() -> None:
     copies = [line.split()[1:-1] for line in lines if line.startswith("COPY ") and "--from" not in line]
     sources = {source for sources in copies for source in sources}
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert sources == kept == {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", *PACKAGES}
+    assert sources == kept == {"pyproject.toml", "setup.py", "constraints.txt", "README.md", "LICENSE", *PACKAGES}
     assert all((ROOT / source).exists() for source in sources)
 
 

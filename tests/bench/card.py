@@ -29,6 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engine import batch as batches
+from engine.backends.select import make_backend
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.models.registry import build_model
@@ -37,12 +38,11 @@ from engine.routing.select import make_router
 from engine.routing.steering import SteeringTable
 from engine.scheduler import Chunk, StepPlan
 from engine.sequence import Sequence as EngineSequence
-from engine.startup import DTYPES, make_backend, pick_device
+from engine.startup import DTYPES, pick_device
 from engine.types import Request, SamplingParams, TokenEvent
 from tests.tiny import write_tiny_mixtral
 from weights.checkpoint import open_checkpoint
 from weights.config import ModelConfig, hf_config
-from weights.families.mixtral import param_specs
 from weights.loader import load
 
 MIXTRAL_8X7B = ModelConfig(
@@ -148,7 +148,7 @@ def logits_of(folder: Path, backend_name: str, dtype: str, device: torch.device)
     """Logits [T, V] float32 of prompts of `PROMPT_LENGTHS`: a batch of all but their last tokens, then one of those."""
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
-    backend = make_backend(backend_name, param_specs(config), device=device, dtype=DTYPES[dtype])
+    backend = make_backend(backend_name, config, device=device, dtype=DTYPES[dtype])
     load(checkpoint, backend)
     router = make_router(config, router=None, capacity_factor=None, simulation=None)
     model = build_model(config, backend, router)

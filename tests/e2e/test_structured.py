@@ -291,7 +291,7 @@ REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     (BOTH, "structured_outputs", "structured_outputs and response_format cannot both be given."),
     ({"structured_outputs": {}}, "structured_outputs", "exactly one of json, regex, choice, grammar"),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one of"),
-    ({"structured_outputs": {"regex": "a", "other": 1}}, "structured_outputs", "other"),
+    ({"structured_outputs": {"regex": "a", "other": 1}}, "structured_outputs", "and nothing else"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "response_format must be"),
     ({"response_format": {"type": "yaml"}}, "response_format", "response_format must be"),
     (format_of({"not": {}, "uniqueItems": True}), "response_format", 'Unimplemented keys: ["not", "uniqueItems"]'),

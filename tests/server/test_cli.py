@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine.child import child_environment
 from engine.config import EngineConfig
 from engine.plan import params_by_kind
 from engine.text import Tokenizer
@@ -22,6 +26,8 @@ from server.cli import cache_dir, main
 from server.config import EdgeConfig, SamplingDefaults, ServerConfig
 from server.options import build_parser, engine_config
 from server.run import Prepared, listen
+from tests.e2e.raw import exchange, head
+from tests.e2e.running import free_port
 from tests.server.conftest import MIXTRAL
 from tests.tiny import TINY_MIXTRAL, tiny_tensors
 from tests.weights.gguf_files import write_gguf
@@ -337,6 +343,54 @@ def test_the_cache_folder() -> None:
     assert cache_dir({"XDG_CACHE_HOME": "relative"}) == home
     assert cache_dir({"XDG_CACHE_HOME": "/x", "MIXSERVE_CACHE": "/y"}) == Path("/y")
     assert cache_dir({"MIXSERVE_CACHE": "", "XDG_CACHE_HOME": ""}) == home
+
+
+def test_the_keys_go_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the engine nor the process that checks grammars is given them."""
+    given: list[dict[str, str]] = []
+
+    def serve(*_: object) -> int:
+        given.append(child_environment())
+        return 0
+
+    monkeypatch.setattr("server.run.serve", serve)
+    monkeypatch.setenv("MIXSERVE_API_KEY", "sk-secret")
+    assert main(["serve", "--port", "0"]) == 0
+    assert [name for name, value in given[0].items() if "sk-secret" in value] == []
+
+
+def test_a_stderr_that_nobody_reads_holds_up_nobody() -> None:
+    """Each request leaves a line. The server leaves as ever, too."""
+    code = (
+        "import sys, time\nfrom server import cli\n"
+        "cli._prepare = lambda *_: time.sleep(1000)\nsys.exit(cli.main(sys.argv[1:]))"
+    )
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-c", code, "serve", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    try:
+        fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        deadline = time.monotonic() + 20
+        while not listens(port):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for _ in range(300):
+            assert exchange(url, [b"GARBAGE\r\n\r\n"], seconds=5).status_code == 400
+        assert exchange(url, [head("GET", "/health")], seconds=5).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        errors = process.communicate()[1]
+    assert b'"status": 400' in errors
+    assert b"Invalid HTTP" not in errors, "the access log has it"
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_only_the_command_line_reads_the_environment() -> None:

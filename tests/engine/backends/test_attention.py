@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.backends import torch as torch_backend
-from engine.backends.base import AttentionShape, Backend, KVCache
+from engine.backends.base import AttentionShape, KVCache, LayerBackend
 from engine.backends.reference import ReferenceBackend
 from engine.backends.torch import TorchBackend
 from engine.batch import Batch, build
@@ -84,7 +84,7 @@ class Case:
     past: tuple[Tensor, Tensor]
     present: tuple[Tensor, Tensor]
 
-    def run(self, backend: Backend) -> tuple[Tensor, KVCache]:
+    def run(self, backend: LayerBackend) -> tuple[Tensor, KVCache]:
         cache = backend.new_kv_cache(NUM_LAYERS, self.num_blocks, BLOCK_SIZE, self.shape)
         cache.keys.fill_(GARBAGE[self.dtype])
         cache.values.fill_(-GARBAGE[self.dtype])

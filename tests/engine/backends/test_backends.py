@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb
 
-from engine.backends.base import Backend
+from engine.backends.base import LayerBackend
 from engine.backends.reference import ReferenceBackend
 from engine.backends.store import ParamStore
 from engine.backends.torch import TorchBackend
@@ -123,7 +123,7 @@ def make_routing(num_tokens: int, top_k: int, num_experts: int, *, unused: float
     return Routing(expert_ids.masked_fill(dropped, -1), weights.masked_fill(dropped, 0.0), logits, expert_ids)
 
 
-def run_experts(backends: Sequence[Backend], x: Tensor, routing: Routing, num_experts: int) -> list[Tensor]:
+def run_experts(backends: Sequence[LayerBackend], x: Tensor, routing: Routing, num_experts: int) -> list[Tensor]:
     return [backend.experts("w13", "w2", x, routing, group(routing.expert_ids, num_experts)) for backend in backends]
 
 
@@ -192,7 +192,7 @@ def test_the_grouped_gemm_of_newer_gpus(hidden_size: int, ffn_size: int, unused:
 def test_a_parameter_is_put_together_from_pieces(make: Any) -> None:
     """The example of weights/params.py: expert 2's w3 fills w13[2, 3:6]."""
     specs = [ParamSpec("qkv", (5, 4), ParamKind.ATTENTION), ParamSpec("w13", (3, 6, 4), ParamKind.EXPERT)]
-    backend: Backend = make(specs, device=CPU, dtype=torch.float32)
+    backend: LayerBackend = make(specs, device=CPU, dtype=torch.float32)
     assert not backend.has("qkv")
     whole = normal(5, 4)
     for row, size in ((3, 2), (0, 3)):

@@ -217,6 +217,15 @@ def test_logs_to_a_stream(locked: Live) -> None:
     assert (log.handlers, log.level, log.propagate) == ([], logging.NOTSET, True)
 
 
+def test_other_records_go_the_same_way() -> None:
+    stream = io.StringIO()
+    before = logging.getLogger().handlers[:]
+    with logs_to(stream):
+        logging.getLogger("other").error("said %s", "this")
+    assert stream.getvalue().endswith(" ERROR other: said this\n")
+    assert logging.getLogger().handlers == before
+
+
 def test_pipelined_requests_have_a_line_each(locked: Live, lines: Lines) -> None:
     with connection(locked.url) as sock:
         sock.sendall(head("GET", "/health") + head("GET", "/version"))

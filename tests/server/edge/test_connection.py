@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from engine.text import Tokenizer
 from server.config import EdgeConfig, ServerConfig
 from server.edge.keys import ApiKey
 from tests.e2e.raw import JSON, RawAnswer, connection, exchange, head, post, read_answer
-from tests.server.edge.conftest import KEY
+from tests.server.edge.conftest import KEY, metric
 from tests.server.fake_engine import FakeEngine, fake_info
 from tests.server.harness import MODEL, Live, live_server
 
@@ -56,6 +57,18 @@ def read_all(sock: socket.socket) -> bytes:
         while part := sock.recv(100_000):
             found += part
     return found
+
+
+def statuses(sock: socket.socket, count: int) -> list[int]:
+    """Of the next `count` answers, which may come together."""
+    found: list[bytes] = []
+    content = b""
+    while len(found) < count:
+        part = sock.recv(100_000)
+        assert part, content
+        content += part
+        found = re.findall(rb"HTTP/1\.1 (\d{3}) ", content)
+    return [int(status) for status in found]
 
 
 def wait(condition: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -153,6 +166,68 @@ def test_what_is_no_http(live: Live, request_bytes: bytes) -> None:
 def test_an_id_that_was_read_already_is_kept(live: Live) -> None:
     answer = exchange(live.url, [head("GET", "/health", ("X-Request-Id", "mine"), ("X-Large", "x" * MAX))])
     assert answer.headers["x-request-id"] == "mine"
+
+
+UPGRADES = {
+    "h2c, as curl": [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c"), ("HTTP2-Settings", "AAMAAABk")],
+    "websocket": [("Connection", "keep-alive, Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Key", "eA==")],
+    "twice": [("Connection", "upgrade"), ("Upgrade", "h2c"), ("Upgrade", "")],
+}
+
+
+def complete(*headers: tuple[str, str]) -> list[bytes]:
+    """With its length, and in a chunk with a trailer that asks for an upgrade too late."""
+    chunk = b"%x\r\n%s\r\n0\r\nUpgrade: h2c\r\n\r\n" % (len(GOOD), GOOD)
+    sized = post("/v1/completions", GOOD, *headers)
+    return [sized, head("POST", "/v1/completions", JSON, CHUNKED, *headers) + chunk]
+
+
+@pytest.mark.parametrize("headers", UPGRADES.values(), ids=UPGRADES.keys())
+@pytest.mark.parametrize("size", [1, 7, 10_000], ids=lambda size: f"in pieces of {size}")
+def test_an_upgrade_is_ignored(live: Live, headers: list[tuple[str, str]], size: int) -> None:
+    """With a body or without, whatever of it comes with the head, and before or behind other requests."""
+    requests = [head("GET", "/health", *headers), *complete(*headers), post("/v1/completions", GOOD)]
+    sent = b"".join([*requests, *reversed(requests)])
+    with connection(live.url) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(sent), size):
+            sock.sendall(sent[start : start + size])
+        assert statuses(sock, 8) == [200] * 8
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.1])
+def test_the_body_of_an_upgrade_comes_with_its_head_or_later(live: Live, gap: float) -> None:
+    for request in complete(*UPGRADES["h2c, as curl"], ("X-Request-Id", "mine")):
+        end = request.index(b"\r\n\r\n") + 4
+        with connection(live.url) as sock:
+            for part in (request[:end], request[end:]) if gap else (request,):
+                sock.sendall(part)
+                time.sleep(gap)
+            answer = read_answer(sock)
+            assert answer.status_code == 200, answer.content
+            assert answer.headers["x-request-id"] == "mine"
+            assert answer.json()["usage"]["completion_tokens"] == 1
+            sock.sendall(head("GET", "/health"))
+            assert read_answer(sock).status_code == 200
+
+
+def test_the_limits_hold_for_an_upgrade(live: Live) -> None:
+    headers = UPGRADES["h2c, as curl"]
+    refusal(exchange(live.url, [head("GET", "/health", *headers, ("X-Large", "x" * MAX))]), 431)
+    refusal(exchange(live.url, [post("/v1/completions", GOOD, ("Content-Length", "3"), *headers)]), 400)
+    refusal(exchange(live.url, [head("CONNECT", "x:80", *headers)]), 400)
+
+
+def test_refusals_are_counted(live: Live) -> None:
+    series = 'requests_rejected_total{model_name="org/fake-model",reason="invalid_request"}'
+    before = metric(live, series)
+    for request, status in (
+        (b"GARBAGE\r\n\r\n", 400),
+        (head("GET", "/health", ("X-Large", "x" * MAX)), 431),
+        (b"GET", 408),
+    ):
+        refusal(exchange(live.url, [request]), status)
+    assert metric(live, series) == before + 3
 
 
 # How long.

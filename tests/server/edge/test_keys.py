@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +71,14 @@ def test_ids_are_short_stable_and_no_piece_of_the_digest() -> None:
         assert key.id.startswith("key_")
         assert len(key.id) == 16
         assert key.id[4:] not in key.digest.hex()
+
+
+def test_another_process_makes_other_ids() -> None:
+    """An id in a log is no means to try keys: what it is made with is known to one process only."""
+    code = "from server.edge.keys import ApiKey; print(ApiKey.of('sk-first').id)"
+    root = Path(__file__).parent.parent.parent.parent
+    ids = {subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() for _ in range(2)}
+    assert len(ids | {ApiKey.of("sk-first").id}) == 3
 
 
 @pytest.mark.parametrize("text", ["a,b", "a b", " a ,\n b ", ",a,,b,", "a\tb"])

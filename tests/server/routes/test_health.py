@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from engine.text import Tokenizer
 from server.version import VERSION
 from tests.server.fake_engine import FakeEngine
@@ -18,6 +20,18 @@ def test_healthy_and_ready(server: Live) -> None:
     assert get(server, "/health") == (200, "ok")
     assert get(server, "/ready") == (200, "ready")
     assert server.client.get("/version").json() == {"version": VERSION}
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_head_is_get_without_a_body(server: Live, silent: bool) -> None:
+    server.call(lambda: setattr(server.engine, "silent", silent))
+    statuses = []
+    for path in ("/health", "/ready", "/version"):
+        answer, whole = server.client.head(path), server.client.get(path)
+        assert (answer.status_code, answer.content) == (whole.status_code, b"")
+        assert answer.headers["content-length"] == whole.headers["content-length"]
+        statuses.append(answer.status_code)
+    assert statuses == ([503, 503, 200] if silent else [200, 200, 200])
 
 
 def test_an_engine_that_hangs(server: Live) -> None:
