@@ -21,7 +21,7 @@ from tests.server.harness import MODEL, Live, live_server
 
 MAX = 4000
 HEAD_SECONDS = 0.5
-READ_SECONDS = 0.7
+READ_SECONDS = 1.5
 GOOD = b'{"prompt": "Hi", "max_tokens": 1}'
 CHUNKED = ("Transfer-Encoding", "chunked")
 
