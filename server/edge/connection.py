@@ -31,7 +31,7 @@ class Connection(HttpToolsProtocol):
     - 431 when the head of a message (target, headers, trailers) is larger than `max_header_bytes`.
     - 408 when a head that has begun is not there within `header_seconds`. A connection on which nothing begins, or
       whose rest of a body nobody waits for any more, is closed after that time.
-    - The connection is cut when a client leaves an answer unread for `read_seconds`; its request ends with it.
+    - The connection is cut when a client reads nothing of an answer for `read_seconds`; its request ends with it.
 
     `count_rejected` is told the reason of each refusal.
     """
@@ -42,6 +42,7 @@ class Connection(HttpToolsProtocol):
         self._count_rejected = count_rejected
         self._deadline: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
+        self._unread_bytes = 0
         self._in_head = self._in_body = False
         self._began = 0.0
         self._head_bytes = 0
@@ -243,14 +244,19 @@ class Connection(HttpToolsProtocol):
 
     def _start_unread(self) -> None:
         self._stop_unread()
-        self._unread = self.loop.call_later(self._limits.read_seconds, self._cut)
+        self._unread_bytes = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(self._limits.read_seconds, self._check_unread)
 
     def _stop_unread(self) -> None:
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
 
-    def _cut(self) -> None:
+    def _check_unread(self) -> None:
+        """A large answer may take a slow reader long: what counts is whether it reads at all."""
+        if self.transport.get_write_buffer_size() < self._unread_bytes:
+            self._start_unread()
+            return
         self._unread = None
         log.info("a client read nothing for %g seconds; its connection is cut", self._limits.read_seconds)
         self.transport.abort()

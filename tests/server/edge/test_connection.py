@@ -21,7 +21,7 @@ from tests.server.harness import MODEL, Live, live_server
 
 MAX = 4000
 HEAD_SECONDS = 0.5
-READ_SECONDS = 1.5
+READ_SECONDS = 0.7
 GOOD = b'{"prompt": "Hi", "max_tokens": 1}'
 CHUNKED = ("Transfer-Encoding", "chunked")
 
@@ -375,6 +375,16 @@ def test_a_client_that_reads_with_pauses_is_not_cut(live: Live) -> None:
             time.sleep(READ_SECONDS / 7)
         assert live.call(lambda: live.service.num_inflight) == 1
     wait(lambda: live.call(lambda: live.service.num_inflight) == 0)
+
+
+def test_a_slow_reader_of_a_large_answer_is_not_cut(live: Live) -> None:
+    """What waits for it never falls under the mark at which a paused writer resumes, but it falls."""
+    end = time.monotonic() + 3 * READ_SECONDS
+    with reader(live, LARGE_ANSWER, buffer=2**16) as sock:
+        while time.monotonic() < end:
+            assert sock.recv(2**12)
+            time.sleep(READ_SECONDS / 20)
+        assert live.call(lambda: [one.transport.get_write_buffer_size() for one in live.http.server_state.connections])
 
 
 def test_a_client_that_reads_late_but_all_keeps_its_connection(live: Live) -> None:
