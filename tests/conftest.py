@@ -14,6 +14,15 @@ from tests.e2e.node_client import missing_node
 SERVED = [Path(__file__).parent / "server", Path(__file__).parent / "e2e"]
 """Folders whose tests talk to a server of ours."""
 
+TIMED = (
+    *("bench/", "e2e/test_", "server/bench/", "server/edge/", "server/terminal/", "server/routes/test_experts"),
+    *(f"server/test_{name}" for name in ("client_leaves", "constrain", "experts", "large_bodies", "overload", "run")),
+    *(f"engine/test_{name}" for name in ("client", "process")),
+    *(f"engine/grammar/test_{name}" for name in ("check", "matcher")),
+)
+"""Tests that bound the time something takes. The machine may be held up for longer than that by others: what fails is
+tried twice more, and what is really too slow fails every time."""
+
 # Before torch is loaded: threads that spin while a server under test needs their core make everything ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub but the loopback one it starts itself
@@ -43,6 +52,12 @@ def _every_response_is_as_it_should_be(request: pytest.FixtureRequest, wrong_res
     wrong_responses.clear()
     if any(request.path.is_relative_to(folder) for folder in SERVED):  # others talk to a hub
         assert not found, "\n".join(found)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(TIMED):
+            item.add_marker(pytest.mark.flaky(reruns=2))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
