@@ -425,7 +425,7 @@ void pack(const S* from, int num_rows, int k, int first, int base, int step, int
         else
             return from[size_t(r) * k + i];
     };
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static, kLanes)  // a block at a time: its rows share lines of memory
     for (int r = 0; r < num_rows; ++r) {
         const int lane = (first + r) % kLanes;
         const size_t block = size_t(base) + size_t(first + r) / kLanes * step;
