@@ -7,6 +7,7 @@ installation goes on, and torch's operations serve instead.
 from __future__ import annotations
 
 import platform
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -36,7 +37,7 @@ def kernels(name: str, flags: list[str]) -> Extension:
     return Extension(
         f"engine.kernels.cpu._kernels_{name}",
         sources=[f"{FOLDER}/kernels.cpp"],
-        depends=[f"{FOLDER}/{header}.h" for header in ("simd", "gemm", "math", "attention", "route")],
+        depends=sorted(glob(f"{FOLDER}/*.h")),
         extra_compile_args=[*COMMON, *flags],
         extra_link_args=["-fopenmp"],
         optional=True,

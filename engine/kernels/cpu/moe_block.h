@@ -1,0 +1,92 @@
+// The second half of a layer: the experts.
+#pragma once
+
+#include <numeric>
+#include <vector>
+
+#include "model.h"
+
+namespace mixserve {
+
+// x += sum over k of weight * W2 (silu(W1 row) * W3 row), for the chosen experts of each row; -1 is none.
+//
+// Assignments are grouped by expert, in the order of engine/routing/plan.py, and added up in the order of the choices.
+template <class W>
+void moe_block(const Model& m, const Layer& layer, int T, int K, const float* normed, const int32_t* expert_ids,
+               const float* weights, float* x, Workspace& space) {
+    using In = Input<W>;
+    const int D = m.hidden, F = m.intermediate, E = m.num_experts;
+    const int in_stride = row_stride<W>(D), mid_blocks = ceil_div(F, kLanes), mid_stride = mid_blocks * kLanes;
+    std::vector<int> offsets(E + 1, 0), place(size_t(T) * K, -1), token(size_t(T) * K);
+    for (int i = 0; i < T * K; ++i)
+        if (expert_ids[i] >= 0) ++offsets[expert_ids[i] + 1];
+    std::partial_sum(offsets.begin(), offsets.end(), offsets.begin());
+    std::vector<int> next(offsets.begin(), offsets.end() - 1);
+    for (int i = 0; i < T * K; ++i) {
+        if (expert_ids[i] < 0) continue;
+        place[i] = next[expert_ids[i]]++;
+        token[place[i]] = i / K;
+    }
+    const int A = offsets[E];
+    std::vector<int> hit;
+    for (int e = 0; e < E; ++e)
+        if (offsets[e + 1] > offsets[e]) hit.push_back(e);
+
+    space.begin(sizeof(In) * (size_t(T) * in_stride + size_t(A) * mid_stride) + sizeof(float) * size_t(A) * D + 4096);
+    In* input = space.take<In>(size_t(T) * in_stride);
+    In* middle = space.take<In>(size_t(A) * mid_stride);
+    float* grouped = space.take<float>(size_t(A) * D);
+    const size_t in_block = block_elements<W>(D), mid_block = block_elements<W>(F);
+    const int out_blocks = ceil_div(D, kLanes);
+    constexpr int kPairs = kMaxBlocks / 2;  // gate and up blocks lie side by side
+    const int up_items = ceil_div(mid_blocks, kPairs), down_items = ceil_div(out_blocks, kMaxBlocks);
+
+#pragma omp parallel
+    {
+        rows(T, [&](int t) {
+            In* row = input + size_t(t) * in_stride;
+            convert(normed + size_t(t) * D, D, row);
+            if (in_stride > D) row[D] = In(0);
+        });
+        items(int(hit.size()) * up_items, [&](int item) {
+            const int e = hit[item / up_items], first = item % up_items * kPairs;
+            const int count = offsets[e + 1] - offsets[e], pairs = std::min(kPairs, mid_blocks - first);
+            const W* w = static_cast<const W*>(layer.w13) + (size_t(e) * mid_blocks + first) * 2 * in_block;
+            const float* scale = layer.w13_scale ? layer.w13_scale + (size_t(e) * mid_blocks + first) * 2 * kLanes : nullptr;
+            auto row = [&](int r) { return input + size_t(token[offsets[e] + r]) * in_stride; };
+            auto part = [&](auto width, int done) {
+                constexpr int B = decltype(width)::value;
+                row_tiles<B>(count, row, w + size_t(done) * 2 * in_block, in_block, D, [&](int r, auto& acc) {
+                    for (size_t i = 0; i < std::extent_v<std::remove_reference_t<decltype(acc)>>; ++i)
+                        for (int b = 0; b < B; b += 2)
+                            store(middle + size_t(offsets[e] + r + int(i)) * mid_stride + (first + done + b / 2) * kLanes,
+                                  silu_mul(scaled(acc[i][b], scale, 2 * done + b), scaled(acc[i][b + 1], scale, 2 * done + b + 1)));
+                });
+            };
+            if (pairs == kPairs) return part(std::integral_constant<int, kMaxBlocks>{}, 0);
+            for (int p = 0; p < pairs; ++p) part(std::integral_constant<int, 2>{}, p);
+        });
+        items(int(hit.size()) * down_items, [&](int item) {
+            const int e = hit[item / down_items], first = item % down_items * kMaxBlocks;
+            const W* w = static_cast<const W*>(layer.w2) + (size_t(e) * out_blocks + first) * mid_block;
+            const float* scale = layer.w2_scale ? layer.w2_scale + (size_t(e) * out_blocks + first) * kLanes : nullptr;
+            columns<W>(offsets[e + 1] - offsets[e], [&](int r) { return middle + size_t(offsets[e] + r) * mid_stride; }, w,
+                       std::min(kMaxBlocks, out_blocks - first), F, [&](int r, int b, V16 value) {
+                           const int column = (first + b) * kLanes;
+                           store_part(grouped + size_t(offsets[e] + r) * D + column, scaled(value, scale, b), D - column);
+                       });
+        });
+        rows(T, [&](int t) {
+            float* to = x + size_t(t) * D;
+            for (int k = 0; k < K; ++k) {
+                const int from = place[size_t(t) * K + k];
+                if (from < 0) continue;
+                const float weight = weights[size_t(t) * K + k];
+                const float* row = grouped + size_t(from) * D;
+                for (int i = 0; i < D; ++i) to[i] += weight * row[i];
+            }
+        });
+    }
+}
+
+}  // namespace mixserve
