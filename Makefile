@@ -1,7 +1,7 @@
 # make serve              set everything up and serve the demo model on http://127.0.0.1:8000
 # make serve ARGS="MODEL --port 9000"   (any arguments of `mixserve serve`)
-# make test               the whole suite, demo model included      (about 13 minutes on 2 cores)
-# make test-unit          without the demo model and real servers   (about 5 minutes)
+# make test               the whole suite, demo model included      (about 14 minutes on 2 cores)
+# make test-unit          without the demo model and real servers
 # make test-full          also the slow tests
 # make check | format     ruff and mypy | let ruff rewrite
 # make clean              remove .venv and all that tools left behind

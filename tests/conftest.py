@@ -15,13 +15,13 @@ SERVED = [Path(__file__).parent / "server", Path(__file__).parent / "e2e"]
 """Folders whose tests talk to a server of ours."""
 
 TIMED = (
-    *("bench/", "e2e/test_", "server/bench/", "server/edge/", "server/terminal/", "server/routes/test_experts"),
-    *(f"server/test_{name}" for name in ("client_leaves", "constrain", "experts", "large_bodies", "overload", "run")),
-    *(f"engine/test_{name}" for name in ("client", "process")),
-    *(f"engine/grammar/test_{name}" for name in ("check", "matcher")),
+    *("bench/test_layer_cost", "e2e/test_overload", "e2e/test_stalls", "server/routes/test_experts"),
+    *(f"server/test_{name}" for name in ("experts", "large_bodies", "overload")),
+    *(f"server/edge/test_{name}" for name in ("body", "connection", "log_lines")),
+    *("engine/test_client_lifetime", "engine/test_process", "engine/grammar/test_checker"),
 )
-"""Tests that bound the time something takes. The machine may be held up for longer than that by others: what fails is
-tried twice more, and what is really too slow fails every time."""
+"""The files whose tests bound a time by a second or two, or less. The machine may be held up by others for as long: what
+fails there is tried twice more, and what is really too slow fails every time."""
 
 # Before torch is loaded: threads that spin while a server under test needs their core make everything ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

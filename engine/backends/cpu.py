@@ -66,7 +66,6 @@ class CpuBackend:
         assert why_not(config, dtype) is None
         self.device = torch.device("cpu")
         self.dtype = dtype
-        self.instruction_set = instruction_set
         self._config = config
         self._head_stride = -(-config.head_dim // _LANES) * _LANES
         self._weight_type = weight_type

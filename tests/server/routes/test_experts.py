@@ -129,7 +129,7 @@ def test_metrics_while_the_engine_is_busy(live: Live) -> None:
     live.call(live.engine.pause)
     start = time.monotonic()
     samples = scrape(live)
-    assert 0.9 < time.monotonic() - start < 6
+    assert 0.9 < time.monotonic() - start < 2
     assert ("generation_tokens_total", ()) in samples
     assert not any(name.startswith(("expert", "router")) for name, _ in samples)
     live.call(live.engine.resume)
