@@ -20,7 +20,7 @@ TIMED = (
     *(f"server/edge/test_{name}" for name in ("body", "connection", "log_lines")),
     *("engine/test_client_lifetime", "engine/test_process", "engine/grammar/test_checker"),
 )
-"""The files whose tests bound a time by a second or two, or less. The machine may be held up by others for as long: what
+"""Files whose tests bound a time by a second or two, or less. The machine may be held up by others for as long: what
 fails there is tried twice more, and what is really too slow fails every time."""
 
 # Before torch is loaded: threads that spin while a server under test needs their core make everything ten times slower.
