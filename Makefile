@@ -22,13 +22,13 @@ help:
 serve: $(VENV)/run.stamp
 	@$(BIN)/mixserve serve $(ARGS)
 
-test: $(VENV)/dev.stamp $(NODE)/node_modules/.package-lock.json
+test: $(VENV)/dev.stamp $(VENV)/triton.stamp $(NODE)/node_modules/.package-lock.json
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-unit: $(VENV)/dev.stamp
+test-unit: $(VENV)/dev.stamp $(VENV)/triton.stamp
 	@$(PYTEST) -m "not slow and not demo" --ignore tests/e2e $(ARGS)
 
-test-full: $(VENV)/dev.stamp $(NODE)/node_modules/.package-lock.json
+test-full: $(VENV)/dev.stamp $(VENV)/triton.stamp $(NODE)/node_modules/.package-lock.json
 	@$(PYTEST) $(ARGS)
 
 check: $(VENV)/dev.stamp
@@ -61,3 +61,7 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 # OpenAI's Node client, where there is npm. Its tests are left out without it, and pytest says so at its end.
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 	@! command -v npm > /dev/null || npm ci --prefix $(NODE) --no-audit --no-fund --silent || true
+
+# An older Triton for the compile gates of the GPU kernels. They are left out without it, and pytest says so at its end.
+$(VENV)/triton.stamp: $(VENV)/dev.stamp tests/engine/kernels/older.py
+	@$(BIN)/python -m tests.engine.kernels.older && touch $@ || true

@@ -7,6 +7,7 @@ installation goes on, and torch's operations serve instead.
 from __future__ import annotations
 
 import platform
+from copy import copy
 from glob import glob
 
 from setuptools import Extension, setup
@@ -19,15 +20,20 @@ COMMON = ["-std=c++17", "-O2", "-g0", "-ftree-vectorize", "-fopenmp"]
 COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 FLAGS = {"scalar": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    FLAGS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    FLAGS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
 
 
 class BuildKernels(build_ext):
-    """Names without Python's version in them, and all at once."""
+    """Names without Python's version in them, and all at once, each in a folder of its own: they share their source."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
         self.parallel = True
+
+    def build_extension(self, ext: Extension) -> None:
+        own = copy(self)
+        own.build_temp = f"{self.build_temp}/{ext.name}"
+        super(BuildKernels, own).build_extension(ext)
 
     def get_ext_filename(self, ext_name: str) -> str:
         return f"{ext_name.replace('.', '/')}.so"

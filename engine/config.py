@@ -17,16 +17,17 @@ class EngineConfig:
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16."""
     backend: str = "auto"
-    """auto, cpu, torch or reference."""
+    """auto, cpu, cuda, torch or reference."""
     quantization: str | None = None
-    """int8: weights of 8 bits with a scale for each output channel, quantised as they are loaded."""
+    """int8 or fp8: weights of 8 bits with a scale for each output channel, quantised as they are loaded."""
     load_format: str = "auto"
     """auto, or dummy: random weights of the right shapes, made on the device."""
     max_model_len: int | None = None
     """Longest sequence in tokens; None: the checkpoint's context."""
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    """Token budget of one step."""
+    max_num_batched_tokens: int | None = None
+    """Token budget of one step; None: 2048 on a GPU, 256 on the CPU, where that is an eighth of a second of work for a
+    small model, and running requests wait for it."""
     block_size: int = 16
     """Tokens a KV-cache block."""
     gpu_memory_utilization: float = 0.9

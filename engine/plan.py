@@ -27,6 +27,9 @@ BATCH_CONTEXT = 4096
 NOT_QUANTIZED = frozenset({ParamKind.NORM, ParamKind.ROUTER})
 """Kinds that stay as they are: next to nothing, and what they decide is decided for good."""
 
+EXPERTS_ONLY = frozenset({ParamKind.EXPERT})
+"""What is quantised on a GPU, and so by fp8."""
+
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("kmgt", start=1)
@@ -40,6 +43,8 @@ class Plan:
 
     dtype: str
     quantization: str | None
+    quantized: frozenset[ParamKind]
+    """Kinds of 8 bits an element."""
     params: Mapping[ParamKind, int]
     """Number of parameters by kind, as they are held: a tied lm_head is none of its own."""
     active_params: int
@@ -70,7 +75,7 @@ class Plan:
         return self.weight_bytes - idle * self._itemsize(ParamKind.EXPERT)
 
     def _itemsize(self, kind: ParamKind) -> int:
-        return 1 if self.quantization is not None and kind not in NOT_QUANTIZED else ITEMSIZE[self.dtype]
+        return 1 if kind in self.quantized else ITEMSIZE[self.dtype]
 
     @property
     def budget_bytes(self) -> int:
@@ -154,6 +159,7 @@ def plan_model(
     *,
     dtype: str | None = None,
     quantization: str | None = None,
+    experts_only: bool = False,
     memory_bytes: int | None = None,
     max_model_len: int | None = None,
     max_num_batched_tokens: int = 2048,
@@ -162,7 +168,8 @@ def plan_model(
 ) -> Plan:
     """Plans `config` on a device of `memory_bytes` (None: this machine's), with the engine's options of the same names.
 
-    `dtype` None: the checkpoint's. `max_model_len` None: the checkpoint's context. Raises ConfigurationError for an
+    `dtype` None: the checkpoint's. `max_model_len` None: the checkpoint's context. `experts_only`: int8 is for the
+    experts alone too, as backend cuda has it. Raises ConfigurationError for an
     unknown dtype or a size that cannot be.
     """
     dtype = config.dtype if dtype is None else dtype
@@ -181,9 +188,11 @@ def plan_model(
             raise ConfigurationError(f"{name} must be at least 1, not {value}")
     if not 0 < gpu_memory_utilization <= 1:
         raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], not {gpu_memory_utilization}")
+    kinds = EXPERTS_ONLY if experts_only or quantization == "fp8" else frozenset(ParamKind) - NOT_QUANTIZED
     return Plan(
         dtype=dtype,
         quantization=quantization,
+        quantized=kinds if quantization is not None else frozenset(),
         params=params_by_kind(config),
         active_params=active_params(config),
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),

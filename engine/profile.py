@@ -25,6 +25,7 @@ def measure_activations(
     model_config: ModelConfig,
     record: RoutingRecord | None,
     *,
+    max_num_batched_tokens: int,
     max_model_len: int,
 ) -> int:
     """Bytes that the largest step takes beside weights and cache.
@@ -34,7 +35,7 @@ def measure_activations(
     does not matter.
     """
     cache = model.backend.new_kv_cache(model_config.num_layers, 1, config.block_size, model.attention_shape)
-    budget = config.max_num_batched_tokens
+    budget = max_num_batched_tokens
     num_seqs = min(config.max_num_seqs, budget)
     lengths = [min(budget // num_seqs + (index < budget % num_seqs), max_model_len) for index in range(num_seqs)]
     many = StepPlan(tuple(_chunk(index, 0, length, config.block_size) for index, length in enumerate(lengths)))

@@ -7,11 +7,9 @@ from torch import Tensor
 
 from engine import batch as batches
 from engine.backends.base import KVCache
-from engine.batch import Batch
 from engine.masks import fill
 from engine.models.decoder import Decoder
 from engine.result import Sampled, StepResult
-from engine.routing.base import Routing
 from engine.routing.record import RoutingRecord
 from engine.routing.steering import SteeringTable
 from engine.sampler import SamplingRow, logprobs_of, masked_rows, sample
@@ -46,12 +44,12 @@ class Runner:
         """Compute the plan's tokens, sample where a chunk ends its sequence, report what requests asked for."""
         device = self.model.backend.device
         batch = batches.build(plan, block_size=self.cache.block_size, steering=self.steering, device=device)
-        hidden = self._forward(batch)
+        hidden = self.model.forward(batch, self.cache, self.record)
         indices = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
         sampled: dict[int, Sampled] = {}
         failed: dict[int, str] = {}
         if indices:
-            tokens, errors = self._sample(self.model.logits(hidden[batch.logits_indices]), plan, indices)
+            tokens, errors = self._sample(self.model.logits(hidden, batch.logits_indices), plan, indices)
             failed = {indices[row]: error for row, error in errors.items()}
             sampled = {index: token for index, token in zip(indices, tokens, strict=True) if index not in failed}
         scores = self._score_prompts(plan, hidden)
@@ -67,16 +65,6 @@ class Runner:
         own, only its name in the message.
         """
         return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-    def _forward(self, batch: Batch) -> Tensor:
-        record = self.record
-        if record is None:
-            return self.model.forward(batch, self.cache)
-
-        def observe(layer: int, _: Tensor, routing: Routing) -> None:
-            record.write(layer, routing)
-
-        return self.model.forward(batch, self.cache, observe)
 
     def _sample(self, logits: Tensor, plan: StepPlan, indices: list[int]) -> tuple[list[Sampled], dict[int, str]]:
         """A token for each row of `logits`, the chunks `indices` of the plan; and what went wrong, by row."""

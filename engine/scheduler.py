@@ -4,6 +4,10 @@ Continuous batching (Yu et al. 2022, "Orca") under a token budget a step, with c
 arXiv 2308.16369): running decodes get their token first, prompts share what is left of the budget, so a long prompt
 never holds up a decode. Within each group the order is (priority, arrival), and the first in that order can always
 make room by preempting the last: it is never stuck.
+
+Short prompts need not wait for one that takes several steps: beside it, up to half of what decodes leave is kept for
+prompts that fit into it whole. Example, budget 100, a prompt of 4,000 tokens running, prompts of 200 and 30
+waiting: the step computes 70 tokens of the first and all 30 of the last.
 """
 
 from __future__ import annotations
@@ -71,17 +75,51 @@ class Scheduler:
         step = _Step(self.max_num_batched_tokens)
         for sequence in [s for s in self.running if s.num_remaining == 1]:
             self._continue(sequence, step)
+        self._keep_for_short(step)
         for sequence in [s for s in self.running if s.num_remaining > 1]:
             self._continue(sequence, step)
         if not step.short_of_blocks:
             self._admit(step)
+        self._serve_short(step)
         chunks = tuple(step.chunks.values())
         for chunk in chunks:
             assert chunk.sequence.status is Status.RUNNING
         return StepPlan(chunks)
 
+    def _keep_for_short(self, step: _Step) -> None:
+        """Set a part of the step aside, where any prompt is longer than it."""
+        prompts = [s for s in self.running if s.num_remaining > 1] + self.waiting
+        if all(sequence.num_remaining <= step.budget for sequence in prompts):
+            return
+        left = step.budget // 2
+        for sequence in prompts:
+            if sequence.num_remaining <= left and self._may_pass(sequence):
+                left -= sequence.num_remaining
+                step.keep(sequence, sequence.num_remaining)
+
+    def _serve_short(self, step: _Step) -> None:
+        """Give those for whom a part is still kept their turn, past longer ones: not past one that waits for blocks."""
+        for sequence in step.kept():
+            if step.short_of_blocks:
+                return
+            if sequence.status is Status.RUNNING:
+                self._continue(sequence, step)
+            elif self._may_pass(sequence):
+                self._let_in(sequence, self.blocks.find_prefix(sequence), step)
+
+    def _may_pass(self, sequence: Sequence) -> bool:
+        """Whether it runs already, or may come in before the first that waits and leave that one its blocks."""
+        if sequence.status is Status.RUNNING:
+            return True
+        first = self.waiting[0]
+        needed = self.blocks.blocks_for(sequence.num_tokens)
+        if sequence is not first:
+            needed += self.blocks.num_needed(first, first.num_tokens)
+        return len(self.running) < self.max_num_seqs and needed <= self.blocks.num_free
+
     def _continue(self, sequence: Sequence, step: _Step) -> None:
         """Give a running sequence its tokens of this step; take blocks from the last in order when none is free."""
+        step.give_back(sequence)
         num_tokens = min(sequence.num_remaining, step.budget)
         if num_tokens == 0 or sequence.status is not Status.RUNNING:
             return
@@ -95,23 +133,31 @@ class Scheduler:
         self._grant(sequence, num_tokens, step)
 
     def _admit(self, step: _Step) -> None:
-        while self.waiting and step.budget and len(self.running) < self.max_num_seqs:
+        while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
+            step.give_back(sequence)
+            if not step.budget:
+                return
             prefix = self.blocks.find_prefix(sequence)
             # All its known tokens must fit, not only this step's chunk: a prompt that is let in half would be the
             # first to be thrown out again.
             if self.blocks.num_needed(sequence, sequence.num_tokens, prefix) > self.blocks.num_free:
                 return
-            self.waiting.pop(0)
-            self.blocks.take_prefix(sequence, prefix)
-            if not sequence.admitted:
-                sequence.admitted = True
-                sequence.queue_seconds = time.monotonic() - sequence.added_at
-                sequence.num_cached = sequence.num_computed
-                self.blocks.record_query(sequence.num_tokens, sequence.num_cached)
-            sequence.status = Status.RUNNING
-            insort(self.running, sequence, key=lambda s: s.order)
-            self._grant(sequence, min(sequence.num_remaining, step.budget), step)
+            self._let_in(sequence, prefix, step)
+
+    def _let_in(self, sequence: Sequence, prefix: list[int], step: _Step) -> None:
+        """Start a waiting sequence, for which there are blocks, from the cached blocks `prefix`."""
+        step.give_back(sequence)
+        self.waiting.remove(sequence)
+        self.blocks.take_prefix(sequence, prefix)
+        if not sequence.admitted:
+            sequence.admitted = True
+            sequence.queue_seconds = time.monotonic() - sequence.added_at
+            sequence.num_cached = sequence.num_computed
+            self.blocks.record_query(sequence.num_tokens, sequence.num_cached)
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=lambda s: s.order)
+        self._grant(sequence, min(sequence.num_remaining, step.budget), step)
 
     def _grant(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
         end = sequence.num_computed + num_tokens
@@ -142,3 +188,16 @@ class _Step:
         self.chunks: dict[int, Chunk] = {}
         # Someone was preempted or waits for blocks: what is free is not for newcomers.
         self.short_of_blocks = False
+        self._kept: dict[int, tuple[Sequence, int]] = {}
+
+    def keep(self, sequence: Sequence, num_tokens: int) -> None:
+        """Set tokens aside until it is the sequence's turn."""
+        self.budget -= num_tokens
+        self._kept[sequence.arrival] = sequence, num_tokens
+
+    def kept(self) -> list[Sequence]:
+        return [sequence for sequence, _ in self._kept.values()]
+
+    def give_back(self, sequence: Sequence) -> None:
+        """Now it is: what was kept for it may be used."""
+        self.budget += self._kept.pop(sequence.arrival, (sequence, 0))[1]

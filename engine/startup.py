@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from engine.backends.base import Backend
 from engine.backends.select import BACKENDS, make_backend
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
@@ -31,6 +32,7 @@ from weights.loader import load
 from weights.params import ParamKind
 from weights.reader import resolve
 
+_STEP_TOKENS = {"cuda": 2048, "cpu": 256}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -40,6 +42,7 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     """
     _check_options(config)
     device = pick_device(config.device)
+    max_num_batched_tokens = config.max_num_batched_tokens or _STEP_TOKENS[device.type]
     path = resolve(config.model, revision=config.revision)
     # A folder with nothing but a config.json is enough for dummy weights.
     checkpoint = open_checkpoint(path) if config.load_format == "auto" or path.suffix == ".gguf" else None
@@ -58,7 +61,7 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     model_config = replace(model_config, num_experts_per_tok=model_top_k(model_config, router))
     model = build_model(model_config, backend, router)
 
-    plan = _plan_weights(config, model_config, dtype_name, max_model_len, device)
+    plan = _plan_weights(config, model_config, dtype_name, max_model_len, backend)
     bytes_per_token = kv_bytes_per_token(model_config, dtype_name)
     num_blocks_in = partial(
         num_kv_blocks, bytes_per_token=bytes_per_token, block_size=config.block_size, max_model_len=max_model_len
@@ -77,12 +80,12 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
             num_layers=model_config.num_layers,
             num_experts=model_config.num_experts,
             top_k=model_config.num_experts_per_tok,
-            max_tokens=config.max_num_batched_tokens,
+            max_tokens=max_num_batched_tokens,
             device=device,
         )
     # A request may ask for more experts than the model's own K.
     widest = replace(model_config, num_experts_per_tok=router.max_choices)
-    activations = _activations(config, widest, dtype_name, max_model_len, model, record)
+    activations = _activations(config, widest, dtype_name, max_model_len, model, record, max_num_batched_tokens)
     num_blocks = num_blocks_in(kv_cache_bytes(config, device, activation_bytes=activations))
     cache = backend.new_kv_cache(model_config.num_layers, num_blocks, config.block_size, model.attention_shape)
     eos_token_ids = frozenset(model_config.eos_token_ids)
@@ -100,7 +103,7 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
         num_experts_per_tok=model_config.num_experts_per_tok,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=max_num_batched_tokens,
         block_size=config.block_size,
         num_blocks=num_blocks,
         enable_prefix_caching=config.enable_prefix_caching and _repeatable(config, router),
@@ -160,8 +163,8 @@ def _check_options(config: EngineConfig) -> None:
         raise ConfigurationError(f"dtype {config.dtype!r} is not one of auto, {', '.join(DTYPES)}")
     if config.backend not in BACKENDS:
         raise ConfigurationError(f"backend {config.backend!r} is not one of {', '.join(BACKENDS)}")
-    if config.quantization not in (None, "int8"):
-        raise ConfigurationError(f"quantization {config.quantization!r} is not int8")
+    if config.quantization not in (None, "int8", "fp8"):
+        raise ConfigurationError(f"quantization {config.quantization!r} is not int8 or fp8")
     check_options(router=config.router, capacity_factor=config.capacity_factor, simulation=config.routing_simulation)
     if config.load_format not in ("auto", "dummy"):
         raise ConfigurationError(f"load_format {config.load_format!r} is not one of auto, dummy")
@@ -185,15 +188,16 @@ def _repeatable(config: EngineConfig, router: Router) -> bool:
 
 
 def _plan_weights(
-    config: EngineConfig, model_config: ModelConfig, dtype: str, max_model_len: int, device: torch.device
+    config: EngineConfig, model_config: ModelConfig, dtype: str, max_model_len: int, backend: Backend
 ) -> Plan:
     """What `mixserve plan` says. Where weights cannot fit, the start ends here, rather than in an allocation that fails
     late or in a machine that swaps."""
-    total = device_memory(device.type)
+    total = device_memory(backend.device.type)
     plan = plan_model(
         model_config,
         dtype=dtype,
         quantization=config.quantization,
+        experts_only=backend.name == "cuda",
         memory_bytes=total,
         max_model_len=max_model_len,
         gpu_memory_utilization=config.gpu_memory_utilization,
@@ -218,14 +222,22 @@ def _activations(
     max_model_len: int,
     model: Decoder,
     record: RoutingRecord | None,
+    max_num_batched_tokens: int,
 ) -> int:
     """Peak of one step: measured on a GPU, computed on the CPU, whose allocator does not tell."""
     if model.backend.device.type == "cuda":
-        return measure_activations(model, config, model_config, record, max_model_len=max_model_len)
+        return measure_activations(
+            model,
+            config,
+            model_config,
+            record,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+        )
     return activation_bytes(
         model_config,
         dtype,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
     )

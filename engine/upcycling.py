@@ -8,7 +8,7 @@ measures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from engine.errors import ConfigurationError
 from engine.models.decoder import Decoder
 from engine.models.mixtral import build as build_mixtral
 from engine.routing.base import Routing
+from engine.routing.plan import ExpertPlan
 from engine.routing.steering import SteeringTable
 from engine.routing.topk_softmax import TopKSoftmax
 from engine.scheduler import Chunk, StepPlan
@@ -32,7 +33,7 @@ from weights.config import ModelConfig
 from weights.families.mixtral import param_specs
 from weights.files import check_new
 from weights.loader import load
-from weights.params import Piece
+from weights.params import ParamSpec, Piece
 from weights.reader import resolve
 from weights.upcycle import calibration_text, router_rows, write_mixtral
 
@@ -40,6 +41,7 @@ _TEXT_TOKENS = 2048
 _RANDOM_TOKENS = 2048
 _CHUNK = 256
 _TOP_K = 2
+_PARAMS = SamplingParams()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +75,64 @@ def upcycle(
     if config.num_experts != 1:
         raise ConfigurationError(f"{dense} is a mixture already ({config.num_experts} experts): upcycling starts dense")
     tokenizer = Tokenizer.load(path)
-    backend = TorchBackend(param_specs(config), device=torch.device("cpu"), dtype=torch.float32)
+    backend = _WatchedBackend(param_specs(config))
     load(checkpoint, backend, progress=progress)
     for layer in range(config.num_layers):
         gate = torch.zeros(1, config.hidden_size)
         backend.prepare(Piece("", (1, config.hidden_size), f"layers.{layer}.gate"), gate)
-    model = build_mixtral(config, backend, TopKSoftmax(1, renormalize=True))
+    model = _Dense(config, backend, build_mixtral(config, backend, TopKSoftmax(1, renormalize=True)))
 
     text = tokenizer.encode(calibration_text())[:_TEXT_TOKENS]
     random = _random_ids(config, seed)
     moments = [_Moments(config.hidden_size) for _ in range(config.num_layers)]
-    _run(model, config, text + random, lambda layer, x, _: moments[layer].add(x))
+    for inputs in model.expert_inputs(text + random):
+        for moment, x in zip(moments, inputs, strict=True):
+            moment.add(x)
     routers = [
         router_rows(moment.mean, moment.covariance, num_experts, seed=seed * config.num_layers + layer)
         for layer, moment in enumerate(moments)
     ]
-    report = _evaluate(model, config, routers, text=text, random=_random_ids(config, seed + 1))
+    report = _evaluate(model, routers, text=text, random=_random_ids(config, seed + 1))
     write_mixtral(checkpoint, out, routers=routers, num_experts=num_experts, noise=noise, seed=seed)
     return report
+
+
+class _WatchedBackend(TorchBackend):
+    """Keeps what the experts of each layer were given since `expert_inputs` was last emptied."""
+
+    def __init__(self, specs: Iterable[ParamSpec]) -> None:
+        super().__init__(specs, device=torch.device("cpu"), dtype=torch.float32)
+        self.expert_inputs: list[Tensor] = []
+
+    def experts(self, w13: str, w2: str, x: Tensor, routing: Routing, plan: ExpertPlan) -> Tensor:
+        self.expert_inputs.append(x)
+        return super().experts(w13, w2, x, routing, plan)
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """The dense model, as a mixture of one expert."""
+
+    config: ModelConfig
+    backend: _WatchedBackend
+    decoder: Decoder
+
+    def expert_inputs(self, ids: list[int]) -> Iterator[list[Tensor]]:
+        """Run `ids` in sequences of at most `_CHUNK` tokens: for each, the input [T, D] of every layer's sparse
+        block."""
+        length = min(_CHUNK, self.config.max_position_embeddings)
+        cache = self.backend.new_kv_cache(self.config.num_layers, 1, length, self.decoder.attention_shape)
+        steering = SteeringTable.for_model(self.config, num_slots=1, device=self.backend.device)
+        for start in range(0, len(ids), length):
+            request = Request(request_id="calibration", prompt_ids=tuple(ids[start : start + length]), params=_PARAMS)
+            sequence = EngineSequence(request, arrival=0, seed=0)
+            sequence.block_table = [0]
+            plan = StepPlan((Chunk(sequence, 0, sequence.num_tokens),))
+            batch = build_batch(plan, block_size=length, steering=steering, device=self.backend.device)
+            self.backend.expert_inputs.clear()
+            with torch.inference_mode():
+                self.decoder.forward(batch, cache)
+            yield list(self.backend.expert_inputs)
 
 
 class _Moments:
@@ -122,30 +164,9 @@ def _random_ids(config: ModelConfig, seed: int) -> list[int]:
     return ids
 
 
-def _run(model: Decoder, config: ModelConfig, ids: list[int], observe: Callable[[int, Tensor, Routing], None]) -> None:
-    """Run `ids` in sequences of at most `_CHUNK` tokens and show the input of every layer's sparse block."""
-    length = min(_CHUNK, config.max_position_embeddings)
-    cache = model.backend.new_kv_cache(config.num_layers, 1, length, model.attention_shape)
-    steering = SteeringTable.for_model(config, num_slots=1, device=model.backend.device)
-    with torch.inference_mode():
-        for start in range(0, len(ids), length):
-            request = Request(request_id="calibration", prompt_ids=tuple(ids[start : start + length]), params=_PARAMS)
-            sequence = EngineSequence(request, arrival=0, seed=0)
-            sequence.block_table = [0]
-            plan = StepPlan((Chunk(sequence, 0, sequence.num_tokens),))
-            model.forward(
-                build_batch(plan, block_size=length, steering=steering, device=model.backend.device), cache, observe
-            )
-
-
-_PARAMS = SamplingParams()
-
-
-def _evaluate(
-    model: Decoder, config: ModelConfig, routers: Sequence[Tensor], *, text: list[int], random: list[int]
-) -> UpcycleReport:
+def _evaluate(model: _Dense, routers: Sequence[Tensor], *, text: list[int], random: list[int]) -> UpcycleReport:
     """Route text and fresh random ids by the new routers, over the inputs that the dense model gives."""
-    chosen = {name: list(_route(model, config, routers, ids)) for name, ids in (("text", text), ("random", random))}
+    chosen = {name: list(_route(model, routers, ids)) for name, ids in (("text", text), ("random", random))}
     num_experts = routers[0].shape[0]
     loads = {
         name: [torch.bincount(ids.flatten(), minlength=num_experts).double() for ids in layers]
@@ -158,14 +179,12 @@ def _evaluate(
     return UpcycleReport(distinct, imbalance["text"], imbalance["random"])
 
 
-def _route(model: Decoder, config: ModelConfig, routers: Sequence[Tensor], ids: list[int]) -> Iterator[Tensor]:
+def _route(model: _Dense, routers: Sequence[Tensor], ids: list[int]) -> Iterator[Tensor]:
     """The experts [T, 2] that each layer's router chooses for `ids`."""
     chosen: list[list[Tensor]] = [[] for _ in routers]
-
-    def observe(layer: int, x: Tensor, _: Routing) -> None:
-        chosen[layer].append((x @ routers[layer].to(x.dtype).T).topk(_TOP_K, dim=-1).indices)
-
-    _run(model, config, ids, observe)
+    for inputs in model.expert_inputs(ids):
+        for parts, x, router in zip(chosen, inputs, routers, strict=True):
+            parts.append((x @ router.to(x.dtype).T).topk(_TOP_K, dim=-1).indices)
     return (torch.cat(parts) for parts in chosen)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-BACKENDS = ("auto", "cpu", "torch", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "torch", "reference")
+QUANTIZATIONS = ("int8", "fp8")
 BOOLEAN = argparse.BooleanOptionalAction
 
 

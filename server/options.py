@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 from server.bench.options import add_bench_offline_options, add_bench_serve_options
 from server.config import ServerConfig
 from server.edge.keys import ApiKey
-from server.flags import BACKENDS, BOOLEAN, COUNT, DTYPES, integer, memory, number, server_url
+from server.flags import BACKENDS, BOOLEAN, COUNT, DTYPES, QUANTIZATIONS, integer, memory, number, server_url
 from server.version import VERSION
 from weights.config import ROUTER_TYPES
 
@@ -106,7 +106,7 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
     option("--device", "where the model runs", choices=("auto", "cpu", "cuda"))
     option("--dtype", "of weights and KV cache", choices=DTYPES)
     option("--backend", "what computes the layers", choices=BACKENDS)
-    option("--quantization", "weights of 8 bits with scales, made while loading; without it, none", choices=("int8",))
+    option("--quantization", "weights of 8 bits with scales, made while loading; default: none", choices=QUANTIZATIONS)
     option("--load-format", "dummy: random weights of the right shapes", choices=("auto", "dummy"))
     option("--max-model-len", "longest sequence in tokens; without it, the model's context", **COUNT)
     option("--max-num-seqs", "sequences in a batch", **COUNT)
@@ -199,7 +199,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder with a config.json, a .gguf file or a repository id")
     parser.add_argument("--revision", help="branch, tag or commit of a repository; default: main")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
-    parser.add_argument("--quantization", choices=("int8",), help="weights of 8 bits; default: none")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="weights of 8 bits; default: none")
     parser.add_argument("--memory", type=memory, metavar="SIZE", help="80GiB, 141GB or bytes; default: this device's")
     parser.add_argument("--max-model-len", help="longest sequence in tokens; default: the model's context", **COUNT)
     parser.add_argument("--json", action="store_true", help="for machines")

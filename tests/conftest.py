@@ -10,6 +10,9 @@ import pytest
 
 from tests.checked_responses import checked_responses
 from tests.e2e.node_client import missing_node
+from tests.engine.kernels.older import VERSION as OLDER_TRITON
+from tests.engine.kernels.older import missing_older
+from tests.interpreter import LeftOut, interpreted, missing_triton
 
 SERVED = [Path(__file__).parent / "server", Path(__file__).parent / "e2e"]
 """Folders whose tests talk to a server of ours."""
@@ -22,6 +25,9 @@ TIMED = (
 )
 """Files whose tests bound a time by a second or two, or less. The machine may be held up by others for as long: what
 fails there is tried twice more, and what is really too slow fails every time."""
+
+WITH_TRITON = ("engine/kernels/test_", "engine/backends/test_cuda", "bench/test_card_kernels")
+"""Files that import Triton."""
 
 # Before torch is loaded: threads that spin while a server under test needs their core make everything ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -54,7 +60,17 @@ def _every_response_is_as_it_should_be(request: pytest.FixtureRequest, wrong_res
         assert not found, "\n".join(found)
 
 
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.File | None:
+    """Files that cannot even be imported are left out whole."""
+    name = module_path.relative_to(Path(__file__).parent).as_posix()
+    if name.startswith(WITH_TRITON) and missing_triton():
+        return LeftOut.from_parent(parent, path=module_path)
+    return None
+
+
+@pytest.hookimpl(trylast=True)  # when it is settled which tests run
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = interpreted(items)
     for item in items:
         if item.path.relative_to(Path(__file__).parent).as_posix().startswith(TIMED):
             item.add_marker(pytest.mark.flaky(reruns=2))
@@ -62,6 +78,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
-    if any("test_node_client" in report.nodeid for report in skipped):
-        terminalreporter.write_sep("!", "THE TESTS WITH THE NODE CLIENT WERE LEFT OUT", yellow=True, bold=True)
-        terminalreporter.write_line(f"tests/e2e/node: {missing_node()}", yellow=True, bold=True)
+    for what, name, why in (
+        ("TESTS WITH THE NODE CLIENT", "test_node_client", f"tests/e2e/node: {missing_node()}"),
+        ("TESTS OF THE GPU KERNELS", "engine/kernels", missing_triton()),
+        (f"COMPILE GATES OF TRITON {OLDER_TRITON}", "test_older_triton", missing_older()),
+    ):
+        if why and any(name in report.nodeid for report in skipped):
+            terminalreporter.write_sep("!", f"THE {what} WERE LEFT OUT", yellow=True, bold=True)
+            terminalreporter.write_line(why, yellow=True, bold=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import engine
+from tests.engine.text.checkpoints import byte_level
+from tests.tiny import write_tiny_mixtral
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 350
@@ -29,6 +31,9 @@ EXCEPTIONS = {
     "engine/grammar/check_process.py": {"msgspec"},
     "engine/grammar/checker.py": {"msgspec"},
 }
+
+GPU_KERNELS = ("engine/backends/cuda/", "engine/kernels/triton/")
+"""Triton is loaded by these alone, and they are loaded when a GPU's backend is chosen."""
 
 FILES = [path.relative_to(ROOT) for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 MODULES = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in FILES]
@@ -116,9 +121,69 @@ def test_engine_and_weights_import_only_basics() -> None:
 
     def wrong(path: Path, item: Import) -> bool:
         allowed = sys.stdlib_module_names | MAY_IMPORT.keys() | BASICS | EXCEPTIONS.get(path.as_posix(), set())
+        if path.as_posix().startswith(GPU_KERNELS):
+            allowed |= {"triton"}
         return not item.deferred and item.package not in allowed
 
     assert violations(("engine", "weights"), wrong) == []
+
+
+def test_only_gpu_code_imports_gpu_code() -> None:
+    """Other modules do it inside a function, so that nobody needs Triton who has no GPU."""
+
+    def wrong(path: Path, item: Import) -> bool:
+        gpu = item.package == "triton" or item.module.startswith(("engine.backends.cuda", "engine.kernels.triton"))
+        return gpu and not path.as_posix().startswith(GPU_KERNELS) and not item.deferred
+
+    assert violations(MAY_IMPORT, wrong) == []
+
+
+def test_serving_on_the_cpu_needs_no_triton(tmp_path: Path) -> None:
+    """Every other module, and a model that answers, where Triton cannot be imported."""
+    write_tiny_mixtral(byte_level(tmp_path), vocab_size=300)
+    names = [name for name in MODULES if not f"{name.replace('.', '/')}/".startswith(GPU_KERNELS)]
+    code = """if True:
+        import importlib, sys
+        sys.modules["triton"] = None
+        for name in sys.argv[2:]:
+            importlib.import_module(name)
+        from engine import LLM, SamplingParams
+        for backend in ("auto", "torch"):
+            llm = LLM(sys.argv[1], device="cpu", backend=backend, kv_cache_memory_bytes=1 << 20)
+            (completion,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))
+            assert len(completion.token_ids) == 3
+        loaded = [name for name in sys.modules if name.startswith("triton")]
+        assert loaded == ["triton"], loaded
+    """
+    arguments = [name for name in names if not name.endswith("__main__")]
+    subprocess.run([sys.executable, "-c", code, tmp_path, *arguments], check=True, cwd=ROOT)
+
+
+def test_kernel_files_hold_jit_functions_only() -> None:
+    """And constants. What prepares a launch is in engine/backends/cuda."""
+
+    def allowed(node: ast.stmt) -> bool:
+        match node:
+            case ast.ImportFrom(module="__future__"):
+                return True
+            case ast.Import(names=names):
+                return all(alias.name in ("triton", "triton.language") for alias in names)
+            case ast.ImportFrom(module=str(module)):
+                return module.startswith("engine.kernels.triton")
+            case ast.Expr(value=ast.Constant(value=str())):  # a docstring
+                return True
+            case ast.Assign(value=ast.Call(func=function)):
+                return ast.unparse(function) == "tl.constexpr"
+            case ast.FunctionDef(decorator_list=[decorator]):
+                return ast.unparse(decorator).partition("(")[0] == "triton.jit"
+        return False
+
+    files = sorted((ROOT / "engine" / "kernels" / "triton").glob("*.py"))
+    wrong = [
+        (path.name, node.lineno) for path in files for node in ast.parse(path.read_text()).body if not allowed(node)
+    ]
+    assert len(files) > 4
+    assert wrong == []
 
 
 def test_server_imports_no_torch() -> None:
@@ -127,6 +192,8 @@ def test_server_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if not name.endswith("__main__")])
 def test_every_module_can_be_imported(module: str) -> None:
+    if module.replace(".", "/").startswith(GPU_KERNELS):
+        pytest.importorskip("triton", reason="there are wheels for Linux only")
     importlib.import_module(module)
 
 

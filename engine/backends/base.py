@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.host_memory import host_zeros
 from engine.batch import Batch
-from engine.routing.base import Routing
+from engine.routing.base import Routing, RoutingInputs
 from engine.routing.plan import ExpertPlan
+from engine.routing.record import RoutingRecord
 from weights.params import Piece
 
 
@@ -68,11 +69,9 @@ class KVCache:
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.zeros; on the CPU from memory that the system hands out zeroed, page by page, when it is first written to,
-    where torch would write all of it at once."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(size)
+    return host_zeros(size, dtype)
 
 
 class Backend(Protocol):
@@ -108,8 +107,11 @@ class Backend(Protocol):
         """The vocabulary projection: x [R, D] -> [R, V] float32."""
         ...
 
-    def rms_norm(self, param: str, x: Tensor, eps: float) -> Tensor:
-        """x / rms(x) * weight over the last dimension, in float32, returned in x's dtype (Zhang & Sennrich 2019)."""
+    def rms_norm(self, param: str, x: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+        """x / rms(x) * weight over the last dimension, in float32, returned in x's dtype (Zhang & Sennrich 2019).
+
+        Of all rows of x [T, D], or of `rows` [R] int64: -> [R, D].
+        """
         ...
 
 
@@ -130,4 +132,26 @@ class LayerBackend(Backend, Protocol):
 
     def experts(self, w13: str, w2: str, x: Tensor, routing: Routing, plan: ExpertPlan) -> Tensor:
         """sum_k weight_k * W2_k(silu(W1_k x) * W3_k x) over each token's experts: x [T, D] -> [T, D]."""
+        ...
+
+
+@runtime_checkable
+class BlockBackend(Backend, Protocol):
+    """And a layer in two halves; the router stands between them."""
+
+    def attention_block(self, layer: int, x: Tensor, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """Add attention(norm(x)) to x [T, D] in place, and write this step's keys and values into the cache.
+
+        Returns norm(x) [T, D] of the result, by the norm after attention, and the gate's logits [T, E] for it.
+        """
+        ...
+
+    def route(
+        self, layer: int, logits: Tensor, inputs: RoutingInputs, *, renormalize: bool, record: RoutingRecord | None
+    ) -> Routing:
+        """As `TopKSoftmax` without a capacity: logits [T, E]. Writes the layer's part of `record`."""
+        ...
+
+    def moe_block(self, layer: int, normed: Tensor, routing: Routing, x: Tensor) -> None:
+        """Add to x [T, D], in place, sum_k weight_k * W2_k(silu(W1_k row) * W3_k row) for the rows of `normed`."""
         ...

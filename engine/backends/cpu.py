@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.backends.base import AttentionShape, KVCache
+from engine.backends.host_memory import host_zeros
 from engine.backends.store import ParamStore
 from engine.batch import Batch
 from engine.kernels.cpu.library import InstructionSet, LayerWeights, ModelShape, Steering, Step, WeightType, load
 from engine.layers.rotary import inverse_frequencies
 from engine.routing.base import Routing, RoutingInputs
+from engine.routing.record import RoutingRecord
 from weights.config import ModelConfig
 from weights.families.mixtral import param_specs
 from weights.params import ParamKind, Piece
@@ -27,12 +29,19 @@ _LANES = 16
 """Columns of a block of packed weights."""
 
 
-def why_not(config: ModelConfig, dtype: torch.dtype) -> str | None:
+_MOST_INT8_PRODUCTS = 65536
+"""Longest sum whose products of bytes surely fit into 32 bits (engine/kernels/cpu/bytes.h)."""
+
+
+def why_not(config: ModelConfig, dtype: torch.dtype, *, int8: bool = False) -> str | None:
     """What keeps these kernels from running a model, in a few words; None if nothing does."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"they compute in float32 or bfloat16, not {str(dtype).removeprefix('torch.')}"
     if config.head_dim % 2:
         return f"a head of {config.head_dim} has no halves to rotate"
+    longest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+    if int8 and longest > _MOST_INT8_PRODUCTS:
+        return f"int8 products of {longest:,} numbers do not fit into 32 bits"
     return None
 
 
@@ -56,14 +65,14 @@ class PackedParam:
 
 
 class CpuBackend:
-    """See `Backend`; whole halves of a decoder layer instead of its single operations."""
+    """See `BlockBackend`."""
 
     name = "cpu"
 
     def __init__(
         self, config: ModelConfig, *, dtype: torch.dtype, weight_type: WeightType, instruction_set: InstructionSet
     ) -> None:
-        assert why_not(config, dtype) is None
+        assert why_not(config, dtype, int8=weight_type is WeightType.int8) is None
         self.device = torch.device("cpu")
         self.dtype = dtype
         self._config = config
@@ -173,7 +182,8 @@ class CpuBackend:
     def logits(self, param: str, x: Tensor) -> Tensor:
         return self.linear(param, x)
 
-    def rms_norm(self, param: str, x: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, param: str, x: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+        x = x if rows is None else x[rows]
         y = torch.empty_like(x)
         weight = self._plain[param]
         self._library.rms_norm(x.data_ptr(), weight.data_ptr(), x.shape[0], x.shape[1], eps, y.data_ptr())
@@ -199,7 +209,9 @@ class CpuBackend:
         )
         return normed, gate_logits
 
-    def route(self, layer: int, logits: Tensor, inputs: RoutingInputs, *, renormalize: bool) -> Routing:
+    def route(
+        self, layer: int, logits: Tensor, inputs: RoutingInputs, *, renormalize: bool, record: RoutingRecord | None
+    ) -> Routing:
         """As `TopKSoftmax` without a capacity: logits [T, E] float32."""
         num_rows, num_experts = logits.shape
         expert_ids = torch.empty(num_rows, inputs.max_top_k, dtype=torch.int32)
@@ -222,7 +234,10 @@ class CpuBackend:
             expert_ids.data_ptr(),
             weights.data_ptr(),
         )
-        return Routing(expert_ids, weights, logits, expert_ids)
+        routing = Routing(expert_ids, weights, logits, expert_ids)
+        if record is not None:
+            record.write(layer, routing)
+        return routing
 
     def moe_block(self, layer: int, normed: Tensor, routing: Routing, x: Tensor) -> None:
         """Add to x [T, D], in place, sum_k weight_k * W2_k(silu(W1_k row) * W3_k row) for the rows of `normed`."""
@@ -247,10 +262,10 @@ class CpuBackend:
             num_rows = num_rows // self._config.head_dim * self._head_stride
         blocks = num_matrices * _num_blocks(num_rows, interleaved=interleaved)
         if self._weight_type is WeightType.bfloat16:
-            data = torch.zeros(blocks, -(-size // 2), _LANES, 2, dtype=torch.bfloat16)
+            data = host_zeros((blocks, -(-size // 2), _LANES, 2), torch.bfloat16)
         else:
             dtype = torch.int8 if self._weight_type is WeightType.int8 else torch.float32
-            data = torch.zeros(blocks, size, _LANES, dtype=dtype)
+            data = host_zeros((blocks, size, _LANES), dtype)
         scales = torch.zeros(blocks * _LANES) if self._weight_type is WeightType.int8 else None
         return PackedParam(data, scales, num_rows, size, interleaved)
 

@@ -45,7 +45,8 @@ class ReferenceBackend:
     def logits(self, param: str, x: Tensor) -> Tensor:
         return x.float() @ self._params[param].float().T
 
-    def rms_norm(self, param: str, x: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, param: str, x: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+        x = x if rows is None else x[rows]
         wide = x.float()
         return (wide / torch.sqrt((wide**2).mean(-1, keepdim=True) + eps) * self._params[param].float()).to(x.dtype)
 

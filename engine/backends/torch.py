@@ -51,7 +51,8 @@ class TorchBackend:
     def logits(self, param: str, x: Tensor) -> Tensor:
         return F.linear(x, self._params[param]).float()
 
-    def rms_norm(self, param: str, x: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, param: str, x: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+        x = x if rows is None else x[rows]
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return self._params[param] * wide.to(x.dtype)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from engine.backends.base import LayerBackend
-from engine.routing.base import GateOutput, Router, Routing, RoutingInputs
+from engine.routing.base import GateOutput, Router, RoutingInputs
 from engine.routing.plan import group
-
-# Called with (layer, input of the block [T, D], its routing) for every sparse layer of a forward pass.
-RoutingObserver = Callable[[int, Tensor, Routing], None]
+from engine.routing.record import RoutingRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +21,14 @@ class MoELayer:
     num_experts: int
     router: Router
 
-    def __call__(self, x: Tensor, inputs: RoutingInputs, observe: RoutingObserver | None = None) -> Tensor:
-        """x [T, D] -> [T, D]."""
+    def __call__(self, x: Tensor, inputs: RoutingInputs, record: RoutingRecord | None) -> Tensor:
+        """x [T, D] -> [T, D]; writes the layer's part of `record`."""
         name = f"layers.{self.layer}"
         noisy = self.router.draws and self.backend.has(f"{name}.gate_noise")
         noise = self.backend.linear(f"{name}.gate_noise", x) if noisy else None
         gates = GateOutput(self.backend.linear(f"{name}.gate", x), noise)
         routing = self.router(gates, self.layer, inputs)
-        if observe is not None:
-            observe(self.layer, x, routing)
+        if record is not None:
+            record.write(self.layer, routing)
         plan = group(routing.expert_ids, self.num_experts)
         return self.backend.experts(f"{name}.w13", f"{name}.w2", x, routing, plan)

@@ -11,14 +11,16 @@ from torch import Tensor
 from engine.backends.base import AttentionShape, Backend, KVCache, LayerBackend
 from engine.batch import Batch
 from engine.layers.attention import Attention
-from engine.layers.moe import MoELayer, RoutingObserver
+from engine.layers.moe import MoELayer
+from engine.routing.record import RoutingRecord
 
 
 class Layer(Protocol):
     """Pre-norm residual layer: x + attention(norm(x)), then x + moe(norm(x))."""
 
-    def __call__(self, x: Tensor, batch: Batch, cache: KVCache, observe: RoutingObserver | None) -> Tensor:
-        """x [T, D] -> [T, D]; x may be overwritten. Writes this step's keys and values into the cache."""
+    def __call__(self, x: Tensor, batch: Batch, cache: KVCache, record: RoutingRecord | None) -> Tensor:
+        """x [T, D] -> [T, D]; x may be overwritten. Writes this step's keys and values into the cache, and
+        the layer's part of `record`."""
         ...
 
 
@@ -31,11 +33,11 @@ class DecoderLayer:
     moe: MoELayer
     norm_eps: float
 
-    def __call__(self, x: Tensor, batch: Batch, cache: KVCache, observe: RoutingObserver | None) -> Tensor:
+    def __call__(self, x: Tensor, batch: Batch, cache: KVCache, record: RoutingRecord | None) -> Tensor:
         name = f"layers.{self.attention.layer}"
         x = x + self.attention(self.backend.rms_norm(f"{name}.input_norm", x, self.norm_eps), batch, cache)
         normed = self.backend.rms_norm(f"{name}.post_attention_norm", x, self.norm_eps)
-        return x + self.moe(normed, batch.routing, observe)
+        return x + self.moe(normed, batch.routing, record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +51,13 @@ class Decoder:
     lm_head: str
     """The parameter of the vocabulary projection: `lm_head`, or `embed_tokens` when they are tied."""
 
-    def forward(self, batch: Batch, cache: KVCache, observe: RoutingObserver | None = None) -> Tensor:
-        """All tokens of the batch -> final hidden states [T, D], before the vocabulary projection."""
+    def forward(self, batch: Batch, cache: KVCache, record: RoutingRecord | None = None) -> Tensor:
+        """All tokens of the batch -> hidden states [T, D] after the last layer, before the final norm."""
         x = self.backend.embed("embed_tokens", batch.input_ids)
         for layer in self.layers:
-            x = layer(x, batch, cache, observe)
-        return self.backend.rms_norm("norm", x, self.norm_eps)
+            x = layer(x, batch, cache, record)
+        return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [R, D] -> logits [R, V] float32."""
-        return self.backend.logits(self.lm_head, hidden)
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Hidden states [T, D], all of them or their `rows` [R] int64 -> logits [T or R, V] float32."""
+        return self.backend.logits(self.lm_head, self.backend.rms_norm("norm", hidden, self.norm_eps, rows))

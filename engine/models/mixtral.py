@@ -4,8 +4,7 @@ experts.
 
 from __future__ import annotations
 
-from engine.backends.base import AttentionShape, LayerBackend
-from engine.backends.cpu import CpuBackend
+from engine.backends.base import AttentionShape, BlockBackend, LayerBackend
 from engine.layers.attention import Attention
 from engine.layers.fused import FusedLayer
 from engine.layers.moe import MoELayer
@@ -15,7 +14,7 @@ from engine.routing.base import Router
 from weights.config import ModelConfig
 
 
-def build(config: ModelConfig, backend: LayerBackend | CpuBackend, router: Router) -> Decoder:
+def build(config: ModelConfig, backend: LayerBackend | BlockBackend, router: Router) -> Decoder:
     """The decoder of `config` over weights that `backend` holds or will hold; every layer routes by `router`."""
     shape = AttentionShape(
         num_heads=config.num_heads,
@@ -24,7 +23,7 @@ def build(config: ModelConfig, backend: LayerBackend | CpuBackend, router: Route
         sliding_window=config.sliding_window,
     )
     layers: list[Layer]
-    if isinstance(backend, CpuBackend):
+    if isinstance(backend, BlockBackend):
         layers = [FusedLayer(backend, layer, router) for layer in range(config.num_layers)]
     else:
         layers = _layers(config, backend, shape, router)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from engine.backends.base import LayerBackend
-from engine.backends.cpu import CpuBackend
+from engine.backends.base import BlockBackend, LayerBackend
 from engine.errors import ConfigurationError
 from engine.models import mixtral
 from engine.models.decoder import Decoder
 from engine.routing.base import Router
 from weights.config import ModelConfig
 
-BUILDERS: dict[str, Callable[[ModelConfig, LayerBackend | CpuBackend, Router], Decoder]] = {"mixtral": mixtral.build}
+BUILDERS: dict[str, Callable[[ModelConfig, LayerBackend | BlockBackend, Router], Decoder]] = {"mixtral": mixtral.build}
 
 
-def build_model(config: ModelConfig, backend: LayerBackend | CpuBackend, router: Router) -> Decoder:
+def build_model(config: ModelConfig, backend: LayerBackend | BlockBackend, router: Router) -> Decoder:
     """Raises ConfigurationError for a model_type that is not served."""
     if config.model_type not in BUILDERS:
         known = ", ".join(sorted(BUILDERS))

@@ -61,7 +61,8 @@ class SteeringTable:
     def _fill(self, slot: int, steering: Steering) -> None:
         self.top_k[slot] = steering.experts_per_token or self._model_top_k
         self.min_p[slot] = steering.min_p
-        self.forbidden[slot] = forbidden_mask(steering, *self.forbidden.shape[1:]).to(self.forbidden.device)
+        forbidden = forbidden_mask(steering, *self.forbidden.shape[1:])
+        self.forbidden[slot] = forbidden.to(self.forbidden.device, non_blocking=True)
 
 
 def forbidden_mask(steering: Steering, num_layers: int, num_experts: int) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from server.flags import BACKENDS, BOOLEAN, COUNT, DTYPES, integer, number, server_url
+from server.flags import BACKENDS, BOOLEAN, COUNT, DTYPES, QUANTIZATIONS, integer, number, server_url
 
 RANDOM, SHARED_PREFIX = "random", "shared-prefix"
 INPUT_LEN, OUTPUT_LEN, PREFIX_LEN = 128, 64, 256
@@ -114,7 +114,7 @@ def add_bench_offline_options(parser: argparse.ArgumentParser) -> None:
     # Fields of EngineConfig, with its defaults.
     parser.add_argument("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help="default: the checkpoint's")
     parser.add_argument("--backend", choices=BACKENDS, default=argparse.SUPPRESS, help="default: auto")
-    parser.add_argument("--quantization", choices=("int8",), default=argparse.SUPPRESS, help="default: none")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default=argparse.SUPPRESS, help="default: none")
     parser.add_argument("--seed", help="of the prompts; default: %(default)s", **_SEED)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
 

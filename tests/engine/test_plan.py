@@ -65,6 +65,20 @@ def test_mixtral_8x7b_has_the_known_figures() -> None:
     assert planned.kv_bytes_per_token == 131_072
 
 
+def test_8_bits_are_for_all_that_is_large_or_for_the_experts_alone() -> None:
+    """1.6 billion parameters of Mixtral 8x7B are in no expert; norms and routers, a few more, never have 8 bits."""
+    sizes = {
+        (name, experts_only): plan_model(
+            MIXTRAL_8X7B, quantization=name, experts_only=experts_only, memory_bytes=parse_memory("80GiB")
+        ).weight_bytes
+        for name in ("int8", "fp8")
+        for experts_only in (False, True)
+    }
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert sizes["fp8", False] == sizes["fp8", True] == sizes["int8", True] == experts + 2 * (46_702_792_704 - experts)
+    assert sizes["int8", False] == 46_702_792_704 + 32 * 8 * 4096 + (2 * 32 + 1) * 4096
+
+
 @pytest.mark.parametrize(
     ("memory", "dtype", "fits"),
     [

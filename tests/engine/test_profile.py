@@ -36,6 +36,13 @@ def test_the_largest_steps_run(
     assert isinstance(executor, LocalExecutor)
     record = executor.runner.record
     assert record is not None
-    peak = measure_activations(executor.runner.model, config, model_config, record, max_model_len=max_model_len)
+    peak = measure_activations(
+        executor.runner.model,
+        config,
+        model_config,
+        record,
+        max_num_batched_tokens=budget,
+        max_model_len=max_model_len,
+    )
     assert peak == 250
     assert int(record.total().tokens) == 0, "measuring is no traffic"

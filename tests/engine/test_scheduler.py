@@ -61,10 +61,10 @@ def test_a_long_prompt_is_cut_into_what_the_decodes_leave() -> None:
     assert queue.step() == [("r0", 2, 1), ("r1", 0, 3)]
     queue.add(11)
     assert queue.step() == [("r0", 3, 1), ("r1", 3, 1), ("r2", 0, 4)]
-    queue.add(2)
+    queue.add(3)  # more than half of what is left
     assert queue.step() == [("r0", 4, 1), ("r1", 4, 1), ("r2", 4, 4)]
     assert queue.step() == [("r0", 5, 1), ("r1", 5, 1), ("r2", 8, 3), ("r3", 0, 1)]
-    assert queue.step() == [("r0", 6, 1), ("r1", 6, 1), ("r2", 11, 1), ("r3", 1, 1)]
+    assert queue.step() == [("r0", 6, 1), ("r1", 6, 1), ("r2", 11, 1), ("r3", 1, 2)]
 
 
 def test_several_prompts_share_a_step() -> None:
@@ -110,7 +110,30 @@ def test_a_prompt_comes_in_only_when_all_of_it_fits() -> None:
     queue.add(1)  # would fit, and waits for its turn
     assert queue.step() == [("r0", 8, 1)]
     queue.scheduler.finish(first)
-    assert queue.step() == [("r1", 0, 8)]
+    assert queue.step() == [("r1", 0, 7), ("r2", 0, 1)]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    queue = Queue(budget=100, num_blocks=256)
+    queue.add(400)
+    assert queue.step() == [("r0", 0, 100)]
+    for num_tokens in (200, 30, 40):
+        queue.add(num_tokens)
+    assert queue.step() == [("r0", 100, 70), ("r2", 0, 30)]  # half of the step has no room for r3 as well
+    assert queue.step() == [("r2", 30, 1), ("r0", 170, 59), ("r3", 0, 40)]
+    assert queue.step() == [("r2", 31, 1), ("r3", 40, 1), ("r0", 229, 98)]
+    assert [name for name, _, _ in queue.step()] == ["r2", "r3", "r0", "r1"]
+
+
+def test_a_short_prompt_takes_no_blocks_from_a_long_one_that_waits_for_them() -> None:
+    queue = Queue(budget=8, block_size=4, num_blocks=6)
+    queue.add(20)
+    assert queue.step() == [("r0", 0, 8)]
+    queue.add(16)  # 4 blocks, as many as are free now
+    queue.add(2)
+    for tokens in (8, 4, 1, 1):
+        ((name, _, num_tokens),) = queue.step()
+        assert (name, num_tokens) == ("r0", tokens)
 
 
 def test_the_last_in_order_is_preempted_and_starts_over() -> None:

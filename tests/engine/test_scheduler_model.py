@@ -160,9 +160,17 @@ class Engine(RuleBasedStateMachine):
         self.num_preempted += len(preempted)
         assert all(not sequence.block_table and sequence.num_computed == 0 for sequence in preempted)
 
-        # Newcomers are the first of those who waited, and none comes in the step in which another had to go.
+        # Newcomers are the first of those who waited, and short ones that leave those before them their blocks; none
+        # comes in the step in which another had to go.
         admitted = [sequence for sequence in scheduler.running if sequence not in kept]
-        assert admitted == self.waiting[: len(admitted)]
+        left = [sequence for sequence in self.waiting if sequence not in admitted]
+        passing = [sequence for sequence in admitted if left and sequence.order > left[0].order]
+        assert all(chunk.samples for chunk in plan.chunks if chunk.sequence in passing)
+        assert (
+            sum(chunk.num_tokens for chunk in plan.chunks if chunk.sequence in passing)
+            <= info.max_num_batched_tokens // 2
+        )
+        assert not passing or blocks.num_needed(left[0], left[0].num_tokens) <= blocks.num_free
         assert not (admitted and preempted)
 
         # Decodes first, then prompts, then newcomers, each in order; a decode is left out only for want of a block.

@@ -19,8 +19,9 @@ from engine.backends.torch import TorchBackend
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
 from engine.executor import LocalExecutor
-from engine.startup import pick_device, pick_dtype, start
+from engine.startup import DTYPES, pick_device, pick_dtype, start
 from engine.types import EngineInfo
+from server import flags
 from tests.tiny import TINY_LLAMA, TINY_MIXTRAL, write_tiny_mixtral
 from weights.errors import CheckpointError, ConfigError
 from weights.families.mixtral import param_specs
@@ -272,6 +273,22 @@ def test_backends() -> None:
         make("auto", torch.float16, "int8")
     with pytest.raises(ConfigurationError, match="backend torch has no int8 weights"):
         make("torch", quantization="int8")
+    for name in ("auto", "cpu", "torch", "reference"):
+        with pytest.raises(ConfigurationError, match="only backend cuda has fp8 weights"):
+            make(name, quantization="fp8")
+    with pytest.raises(ConfigurationError, match="backend cuda needs a GPU"):
+        make("cuda")
+
+
+def test_the_gpu_backend_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "find_spec", lambda _: None)
+    with pytest.raises(ConfigurationError, match="needs Triton, which is not installed"):
+        make_backend("cuda", TINY_MIXTRAL, device=CUDA, dtype=torch.bfloat16)
+
+
+def test_every_backend_is_a_choice_of_the_command_line() -> None:
+    assert flags.BACKENDS == select.BACKENDS
+    assert set(DTYPES) | {"auto"} == set(flags.DTYPES)
 
 
 def test_torch_serves_where_no_kernels_were_built(

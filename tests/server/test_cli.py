@@ -80,7 +80,7 @@ def parse(*argv: str) -> EngineConfig:
         ["nothing"],
         ["serve", "m", "more"],
         ["serve", "--unknown"],
-        ["serve", "--quantization", "fp8"],
+        ["serve", "--quantization", "int4"],
         ["serve", "--max-model", "5"],  # no abbreviations
         ["serve", "--port", "x"],
         ["serve", "--port", "70000"],

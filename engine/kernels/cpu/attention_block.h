@@ -90,7 +90,7 @@ void attend(const Model& m, const Step& step, const Work& work, C* keys, C* valu
         for (int d = 0; d < N; d += kLanes) store_part(to + d, mul(load(out + d), inverse), N - d);
     };
     {
-        TileRoom room(work.longest_chunk > 1 ? kQueryTile * group : 0, S);
+        TileRoom<C> room(work.longest_chunk > 1 ? kQueryTile * group : 0, S);
         std::vector<float> own(size_t(group) * S);
         std::vector<Running> running(group);
         items(int(work.items.size()), [&](int i) {
@@ -165,8 +165,9 @@ void attention_block(const Model& m, const Layer& layer, const Step& step, float
 #pragma omp parallel
     {
         rows(T, [&](int t) {
-            rms_norm<In>(x + size_t(t) * D, layer.input_norm, D, m.eps, row(t), nullptr);
-            if (D % 2 && stride > D) row(t)[D] = In(0);
+            float* wide = normed + size_t(t) * D;  // not in use yet
+            rms_norm(x + size_t(t) * D, layer.input_norm, D, m.eps, wide);
+            convert(wide, D, row(t));
         });
         product<W>(T, row, layer.qkv, layer.qkv_scale, width, D, [&](int t, int column, V16 value) {
             store_part(rooms.qkv + size_t(t) * width + column, value, width - column);
@@ -179,10 +180,7 @@ void attention_block(const Model& m, const Layer& layer, const Step& step, float
             with_cache(static_cast<bf16*>(keys), static_cast<bf16*>(values));
         else
             with_cache(static_cast<float*>(keys), static_cast<float*>(values));
-        rows(T, [&](int t) {
-            convert(rooms.attended + size_t(t) * H * N, H * N, row(t));
-            if (H * N % 2 && stride > H * N) row(t)[H * N] = In(0);
-        });
+        rows(T, [&](int t) { convert(rooms.attended + size_t(t) * H * N, H * N, row(t)); });
         product<W>(T, row, layer.out, layer.out_scale, D, H * N, [&](int t, int column, V16 value) {
             float* to = x + size_t(t) * D + column;
             if (column + kLanes <= D) return store(to, add(load(to), value));
@@ -192,7 +190,7 @@ void attention_block(const Model& m, const Layer& layer, const Step& step, float
         });
         rows(T, [&](int t) {
             float* to = normed + size_t(t) * D;
-            rms_norm<float>(x + size_t(t) * D, layer.post_norm, D, m.eps, nullptr, to);
+            rms_norm(x + size_t(t) * D, layer.post_norm, D, m.eps, to);
             for (int e = 0; e < m.num_experts; ++e)
                 gate_logits[size_t(t) * m.num_experts + e] = dot(to, layer.gate + size_t(e) * D, D);
         });

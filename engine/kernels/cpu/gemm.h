@@ -4,9 +4,10 @@
 //
 //     bf16     [N / 16][K / 2][16][2]   pairs along k, as vdpbf16ps wants them; x is bf16
 //     float    [N / 16][K][16]          x is float
-//     int8     [N / 16][K][16]          x is float; the result is multiplied by a scale a column
+//     int8     [N / 16][K / 4][16][4]   fours along k, as vpdpbusd wants them; x is two bytes a number where the machine
+//                                       has that instruction, float elsewhere; the result is multiplied by a scale a column
 //
-// N is padded to a multiple of 16 and, for bf16, K to a multiple of 2, with zeros.
+// N is padded to a multiple of 16 and K to a multiple of 2 or 4, with zeros.
 //
 // Example, bf16, N = 16, K = 4: weight (n, k) lies at ((k / 2) * 16 + n) * 2 + k % 2, so the first 64 bytes hold columns
 // 0 to 15 for k = 0 and 1.
@@ -15,25 +16,38 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "simd.h"
+#include "bytes.h"
 
 namespace mixserve {
 
-inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+// Calls work(std::integral_constant<int, n>) for an n of 1 to N.
+template <int N, class Work>
+inline void with_constant(int n, Work work) {
+    if (n == N) return work(std::integral_constant<int, N>{});
+    if constexpr (N > 1) with_constant<N - 1>(n, work);
+}
 
-// The activations' type beside weights of type W.
+// The activations' type beside weights of type W. `Bytes` are numbers in two bytes each (bytes.h).
+#if defined(__AVX512VNNI__)
+using Int8Input = Bytes;
+#else
+using Int8Input = float;
+#endif
 template <class W>
-using Input = std::conditional_t<std::is_same_v<W, bf16>, bf16, float>;
+using Input = std::conditional_t<std::is_same_v<W, bf16>, bf16, std::conditional_t<std::is_same_v<W, int8_t>, Int8Input, float>>;
 
 // Elements of a block of 16 columns.
 template <class W>
 inline size_t block_elements(int k) {
-    return size_t(kLanes) * (std::is_same_v<W, bf16> ? 2 * ceil_div(k, 2) : k);
+    constexpr int kGroup = std::is_same_v<W, bf16> ? 2 : std::is_same_v<W, int8_t> ? 4 : 1;
+    return size_t(kLanes) * kGroup * ceil_div(k, kGroup);
 }
 
-// Bytes ahead of the current place that are asked for while few rows are multiplied: there is too little work to hide
-// the memory's latency behind.
-constexpr int kPrefetchBytes = 2048, kPrefetchRows = 4;
+// A tile is rows times blocks, all of whose sums stay in registers. Bytes have two sums each.
+template <class W>
+constexpr int kRows = std::is_same_v<Input<W>, Bytes> ? 4 : kMaxRows;
+template <class W>
+constexpr int kBlocks = std::is_same_v<Input<W>, Bytes> ? 2 : kMaxBlocks;
 
 // acc[r][b] += rows r of x times blocks b of w. bf16 rows are padded to even length. All of acc stays in registers,
 // which it does only if its loops are unrolled.
@@ -54,15 +68,14 @@ inline void multiply(const bf16* const* x, const bf16* w, size_t block, int k, V
     }
 }
 
-template <int R, int B, class W>
-inline void multiply(const float* const* x, const W* w, size_t block, int k, V16 (&acc)[R][B]) {
-    constexpr int kSteps = 64 / (kLanes * sizeof(W));  // of k in a line of memory: 1, or 4 of int8
+template <int R, int B>
+inline void multiply(const float* const* x, const float* w, size_t block, int k, V16 (&acc)[R][B]) {
     for (int i = 0; i < k; ++i) {
         V16 columns[B];
 #pragma GCC unroll 8
         for (int b = 0; b < B; ++b) {
-            const W* column = w + b * block + size_t(i) * kLanes;
-            if (R <= kPrefetchRows && i % kSteps == 0) prefetch(reinterpret_cast<const char*>(column) + kPrefetchBytes);
+            const float* column = w + b * block + size_t(i) * kLanes;
+            if (R <= kPrefetchRows) prefetch(reinterpret_cast<const char*>(column) + kPrefetchBytes);
             columns[b] = load(column);
         }
 #pragma GCC unroll 8
@@ -74,37 +87,44 @@ inline void multiply(const float* const* x, const W* w, size_t block, int k, V16
     }
 }
 
-// Calls finish(first row, acc) for tiles of at most kMaxRows rows times B blocks. `x(r)` is the address of row r.
+template <int R, int B>
+inline void multiply(const float* const* x, const int8_t* w, size_t block, int k, V16 (&acc)[R][B]) {
+    for (int i = 0; i < k; ++i) {
+        V16 columns[B];
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) {
+            const int8_t* four = w + b * block + size_t(i / 4) * 4 * kLanes;
+            if (R <= kPrefetchRows && i % 4 == 0) prefetch(four + kPrefetchBytes);
+            columns[b] = byte_of_four(four, i % 4);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            V16 value = splat(x[r][i]);
+#pragma GCC unroll 8
+            for (int b = 0; b < B; ++b) acc[r][b] = fma(columns[b], value, acc[r][b]);
+        }
+    }
+}
+
+// Calls finish(first row, acc) for tiles of rows times B blocks. `x(r)` is the address of row r.
 template <int B, class W, class X, class Finish>
 inline void row_tiles(int num_rows, X x, const W* w, size_t block, int k, Finish finish) {
-    auto tile = [&](auto rows, int first) {
-        constexpr int R = decltype(rows)::value;
-        const Input<W>* address[R];
-        for (int r = 0; r < R; ++r) address[r] = x(first + r);
-        V16 acc[R][B];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int b = 0; b < B; ++b) acc[r][b] = zero();
-        multiply<R, B>(address, w, block, k, acc);
-        finish(first, acc);
-    };
     // Tiles as equal as they can be: 8 rows are 4 + 4, not 6 + 2.
-    const int num_tiles = ceil_div(num_rows, kMaxRows);
+    const int num_tiles = ceil_div(num_rows, kRows<W>);
     for (int t = 0; t < num_tiles; ++t) {
         const int first = int(int64_t(num_rows) * t / num_tiles), rows = int(int64_t(num_rows) * (t + 1) / num_tiles) - first;
-        switch (rows) {
-            case 1: tile(std::integral_constant<int, 1>{}, first); break;
-            case 2: tile(std::integral_constant<int, 2>{}, first); break;
-#if defined(__AVX2__)
-            case 3: tile(std::integral_constant<int, 3>{}, first); break;
-#endif
-#if defined(__AVX512F__)
-            case 4: tile(std::integral_constant<int, 4>{}, first); break;
-            case 5: tile(std::integral_constant<int, 5>{}, first); break;
-            case 6: tile(std::integral_constant<int, 6>{}, first); break;
-#endif
-        }
+        with_constant<kRows<W>>(rows, [&](auto count) {
+            constexpr int R = decltype(count)::value;
+            const Input<W>* address[R];
+            for (int r = 0; r < R; ++r) address[r] = x(first + r);
+            V16 acc[R][B];
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+                for (int b = 0; b < B; ++b) acc[r][b] = zero();
+            multiply<R, B>(address, w, block, k, acc);
+            finish(first, acc);
+        });
     }
 }
 
@@ -120,7 +140,7 @@ inline void columns(int num_rows, X x, const W* w, int num_blocks, int k, Finish
         });
     };
     int done = 0;
-    for (; done + kMaxBlocks <= num_blocks; done += kMaxBlocks) part(std::integral_constant<int, kMaxBlocks>{}, done);
+    for (; done + kBlocks<W> <= num_blocks; done += kBlocks<W>) part(std::integral_constant<int, kBlocks<W>>{}, done);
     for (; done < num_blocks; ++done) part(std::integral_constant<int, 1>{}, done);
 }
 

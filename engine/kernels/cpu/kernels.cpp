@@ -21,11 +21,7 @@ void linear(const float* x, int T, int k, const void* weights, const float* scal
     In* input = space.take<In>(size_t(T) * stride);
 #pragma omp parallel
     {
-        rows(T, [&](int t) {
-            In* row = input + size_t(t) * stride;
-            convert(x + size_t(t) * k, k, row);
-            if (stride > k) row[k] = In(0);
-        });
+        rows(T, [&](int t) { convert(x + size_t(t) * k, k, input + size_t(t) * stride); });
         product<W>(T, [&](int t) { return input + size_t(t) * stride; }, weights, scale, num_columns, k,
                    [&](int t, int column, V16 value) {
                        store_part(y + size_t(t) * num_columns + column, value, num_columns - column);
@@ -76,7 +72,7 @@ void EXPORT(linear)(const float* x, int32_t T, int32_t k, const void* weights, c
 
 void EXPORT(rms_norm)(const float* x, const float* weight, int32_t T, int32_t size, float eps, float* y) {
 #pragma omp parallel for schedule(static) if (T > 8)
-    for (int t = 0; t < T; ++t) rms_norm<float>(x + size_t(t) * size, weight, size, eps, nullptr, y + size_t(t) * size);
+    for (int t = 0; t < T; ++t) rms_norm(x + size_t(t) * size, weight, size, eps, y + size_t(t) * size);
 }
 
 void EXPORT(embed)(const void* packed, const float* scales, int32_t weight_type, int32_t k, const int64_t* ids, int32_t T,
@@ -93,14 +89,14 @@ void EXPORT(pack)(const void* from, int32_t is_bf16, int32_t num_rows, int32_t k
         pack(static_cast<const float*>(from), num_rows, k, first, base, step, weight_type, packed, scales);
 }
 
-// Whether this machine has instruction set `isa`: 0 scalar, 1 AVX2, 2 AVX512, 3 AVX512 with BF16.
+// Whether this machine has instruction set `isa`: 0 scalar, 1 AVX2, 2 AVX512, 3 AVX512 with BF16 and VNNI.
 int EXPORT(supports)(int isa) {
 #if defined(__x86_64__)
     if (isa == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (isa == 2) return avx512;
-    if (isa == 3) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (isa == 3) return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
     return isa == 0;
 }

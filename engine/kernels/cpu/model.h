@@ -64,17 +64,20 @@ class Workspace {
     size_t size_ = 0, used_ = 0;
 };
 
-// Rows of the input type, so long that a pair never runs over: bf16 rows have even length.
+// Elements of a row of the input type.
 template <class W>
 int row_stride(int k) {
+    if (std::is_same_v<Input<W>, Bytes>) return bytes_stride(k);
     return std::is_same_v<W, bf16> ? ceil_div(k, 2) * 2 : k;
 }
 
+// A row into the input type, padded.
 inline void convert(const float* from, int size, float* to) { std::copy(from, from + size, to); }
 inline void convert(const float* from, int size, bf16* to) {
     int i = 0;
     for (; i + kLanes <= size; i += kLanes) store(to + i, load(from + i));
     for (; i < size; ++i) to[i] = to_bf16(from[i]);
+    if (size % 2) to[size] = 0;
 }
 
 // Work items in turn, by whoever is free. Ends with a barrier.

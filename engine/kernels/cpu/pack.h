@@ -30,7 +30,7 @@ void pack(const S* from, int num_rows, int k, int first, int base, int step, int
             const float scale = largest / 127.0f;
             int8_t* to = static_cast<int8_t*>(packed) + block * block_elements<int8_t>(k);
             for (int i = 0; i < k; ++i)
-                to[size_t(i) * kLanes + lane] = int8_t(scale > 0 ? std::lrint(value(r, i) / scale) : 0);
+                to[(size_t(i) / 4 * kLanes + lane) * 4 + i % 4] = int8_t(scale > 0 ? std::lrint(value(r, i) / scale) : 0);
             scales[block * kLanes + lane] = scale;
         }
     }
@@ -45,7 +45,7 @@ inline void unpack_row(const void* packed, const float* scales, int weight_type,
         else if (weight_type == kFloat)
             y[i] = static_cast<const float*>(packed)[block * block_elements<float>(k) + size_t(i) * kLanes + lane];
         else
-            y[i] = static_cast<const int8_t*>(packed)[block * block_elements<int8_t>(k) + size_t(i) * kLanes + lane] * scales[n];
+            y[i] = static_cast<const int8_t*>(packed)[block * block_elements<int8_t>(k) + (size_t(i) / 4 * kLanes + lane) * 4 + i % 4] * scales[n];
     }
 }
 
