@@ -80,42 +80,49 @@ class Scheduler:
             self._continue(sequence, step)
         if not step.short_of_blocks:
             self._admit(step)
-        self._serve_short(step)
+            self._serve_short(step)
         chunks = tuple(step.chunks.values())
         for chunk in chunks:
             assert chunk.sequence.status is Status.RUNNING
         return StepPlan(chunks)
 
     def _keep_for_short(self, step: _Step) -> None:
-        """Set a part of the step aside, where any prompt is longer than it."""
-        prompts = [s for s in self.running if s.num_remaining > 1] + self.waiting
-        if all(sequence.num_remaining <= step.budget for sequence in prompts):
-            return
-        left = step.budget // 2
-        for sequence in prompts:
-            if sequence.num_remaining <= left and self._may_pass(sequence):
+        """Set a part of the step aside for short prompts behind one that is longer than it.
+
+        Only for such as can come in without taking a block from those that run, or a block or place from the first that
+        waits.
+        """
+        running = [sequence for sequence in self.running if sequence.num_remaining > 1]
+        places = self.max_num_seqs - len(self.running) - 1
+        blocks = self.blocks.num_free - sum(self.blocks.num_needed(s, s.num_tokens) for s in self.running)
+        blocks -= sum(self.blocks.num_needed(s, s.num_tokens) for s in self.waiting[:1])
+        budget, before = step.budget, 0
+        left: int | None = None  # until there is a long one
+        for index, sequence in enumerate(running + ([] if step.short_of_blocks else self.waiting)):
+            if sequence.num_remaining > budget:
+                left = max(0, budget - before) // 2 if left is None else left
+            elif left is None:
+                before += sequence.num_remaining
+            elif sequence.num_remaining <= left:
+                needed = 0
+                if index > len(running):  # the first that waits is counted
+                    needed = self.blocks.blocks_for(sequence.num_tokens)
+                    places -= 1
+                if index >= len(running) and (places < 0 or needed > blocks):
+                    continue
+                blocks -= needed
                 left -= sequence.num_remaining
                 step.keep(sequence, sequence.num_remaining)
 
     def _serve_short(self, step: _Step) -> None:
-        """Give those for whom a part is still kept their turn, past longer ones: not past one that waits for blocks."""
+        """Let in those for whom a part is still kept, past longer ones that wait."""
         for sequence in step.kept():
-            if step.short_of_blocks:
-                return
-            if sequence.status is Status.RUNNING:
-                self._continue(sequence, step)
-            elif self._may_pass(sequence):
+            assert sequence.status is Status.WAITING, "who runs had its turn"
+            others = self.waiting[:1] if sequence is not self.waiting[0] else []  # others may have come in since
+            needed = self.blocks.blocks_for(sequence.num_tokens)
+            needed += sum(self.blocks.num_needed(other, other.num_tokens) for other in others)
+            if needed <= self.blocks.num_free and len(self.running) + len(others) < self.max_num_seqs:
                 self._let_in(sequence, self.blocks.find_prefix(sequence), step)
-
-    def _may_pass(self, sequence: Sequence) -> bool:
-        """Whether it runs already, or may come in before the first that waits and leave that one its blocks."""
-        if sequence.status is Status.RUNNING:
-            return True
-        first = self.waiting[0]
-        needed = self.blocks.blocks_for(sequence.num_tokens)
-        if sequence is not first:
-            needed += self.blocks.num_needed(first, first.num_tokens)
-        return len(self.running) < self.max_num_seqs and needed <= self.blocks.num_free
 
     def _continue(self, sequence: Sequence, step: _Step) -> None:
         """Give a running sequence its tokens of this step; take blocks from the last in order when none is free."""

@@ -61,7 +61,7 @@ def start(config: EngineConfig, *, progress: bool = False) -> tuple[Executor, En
     model_config = replace(model_config, num_experts_per_tok=model_top_k(model_config, router))
     model = build_model(model_config, backend, router)
 
-    plan = _plan_weights(config, model_config, dtype_name, max_model_len, backend)
+    plan = _plan_weights(config, model_config, dtype_name, max_model_len, max_num_batched_tokens, backend)
     bytes_per_token = kv_bytes_per_token(model_config, dtype_name)
     num_blocks_in = partial(
         num_kv_blocks, bytes_per_token=bytes_per_token, block_size=config.block_size, max_model_len=max_model_len
@@ -188,7 +188,12 @@ def _repeatable(config: EngineConfig, router: Router) -> bool:
 
 
 def _plan_weights(
-    config: EngineConfig, model_config: ModelConfig, dtype: str, max_model_len: int, backend: Backend
+    config: EngineConfig,
+    model_config: ModelConfig,
+    dtype: str,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    backend: Backend,
 ) -> Plan:
     """What `mixserve plan` says. Where weights cannot fit, the start ends here, rather than in an allocation that fails
     late or in a machine that swaps."""
@@ -200,6 +205,8 @@ def _plan_weights(
         experts_only=backend.name == "cuda",
         memory_bytes=total,
         max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
         gpu_memory_utilization=config.gpu_memory_utilization,
     )
     if plan.weight_bytes > plan.budget_bytes:

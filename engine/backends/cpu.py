@@ -1,7 +1,7 @@
 """CpuBackend: the kernels of engine/kernels/cpu over packed weights.
 
-Activations are float32 throughout; products read them in bfloat16 beside bfloat16 weights. Weights are packed piece by
-piece as they are loaded, and no other copy is kept.
+Activations are float32 throughout; products read them in bfloat16 beside bfloat16 weights, in 16 bits beside int8.
+Weights are packed piece by piece as they are loaded, and no other copy is kept.
 """
 
 from __future__ import annotations
@@ -261,11 +261,13 @@ class CpuBackend:
         if name.endswith(".qkv"):
             num_rows = num_rows // self._config.head_dim * self._head_stride
         blocks = num_matrices * _num_blocks(num_rows, interleaved=interleaved)
-        if self._weight_type is WeightType.bfloat16:
-            data = host_zeros((blocks, -(-size // 2), _LANES, 2), torch.bfloat16)
-        else:
-            dtype = torch.int8 if self._weight_type is WeightType.int8 else torch.float32
-            data = host_zeros((blocks, size, _LANES), dtype)
+        match self._weight_type:
+            case WeightType.bfloat16:
+                data = host_zeros((blocks, -(-size // 2), _LANES, 2), torch.bfloat16)
+            case WeightType.int8:
+                data = host_zeros((blocks, -(-size // 4), _LANES, 4), torch.int8)
+            case WeightType.float32:
+                data = host_zeros((blocks, size, _LANES), torch.float32)
         scales = torch.zeros(blocks * _LANES) if self._weight_type is WeightType.int8 else None
         return PackedParam(data, scales, num_rows, size, interleaved)
 

@@ -136,6 +136,31 @@ def test_a_short_prompt_takes_no_blocks_from_a_long_one_that_waits_for_them() ->
         assert (name, num_tokens) == ("r0", tokens)
 
 
+def test_a_short_prompt_takes_no_place_from_one_that_waits_before_it() -> None:
+    queue = Queue(budget=100, num_blocks=256, max_num_seqs=2)
+    queue.add(150)
+    assert queue.step() == [("r0", 0, 100)]
+    queue.add(150)
+    queue.add(4)
+    assert queue.step() == [("r0", 100, 50), ("r1", 0, 50)]
+    assert queue.step() == [("r0", 150, 1), ("r1", 50, 99)]
+
+
+def test_nothing_is_kept_for_those_who_cannot_come_in() -> None:
+    queue = Queue(budget=100, num_blocks=256, max_num_seqs=2)
+    queue.add(400)
+    for _ in range(6):
+        queue.add(8)
+    assert queue.step() == [("r0", 0, 92), ("r1", 0, 8)]
+
+
+def test_a_prompt_that_fits_whole_is_not_cut_for_one_behind_a_longer_one() -> None:
+    queue = Queue(budget=100, num_blocks=256)
+    for num_tokens in (90, 400, 30, 5):
+        queue.add(num_tokens)
+    assert queue.step() == [("r0", 0, 90), ("r1", 0, 5), ("r3", 0, 5)]
+
+
 def test_the_last_in_order_is_preempted_and_starts_over() -> None:
     queue = Queue(num_blocks=4, block_size=2)
     first, second, third = queue.add(2, priority=1), queue.add(2), queue.add(2)

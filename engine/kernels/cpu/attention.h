@@ -37,7 +37,7 @@ inline void absorb(Running& running, float* scores, int count, float* out, int h
     std::fill(scores + count, scores + padded, -std::numeric_limits<float>::infinity());
     V16 most = load(scores);
     for (int i = kLanes; i < padded; i += kLanes) most = max(most, load(scores + i));
-    const float top = std::max(running.top, largest(most));
+    const float top = std::max(largest(most), running.top);  // a NaN stays one
     if (top == -std::numeric_limits<float>::infinity()) {  // nothing of this piece is seen
         std::fill(scores, scores + padded, 0.0f);
         return;

@@ -47,7 +47,7 @@ inline void convert(const float* from, int size, Bytes* row) {
         nan = _mm512_add_ps(nan, _mm512_sub_ps(x, x));  // 0 but for numbers that are not finite
     }
     const float largest = _mm512_reduce_max_ps(top), spoiled = _mm512_reduce_add_ps(nan);
-    const bool usable = largest > 0 && spoiled == 0;
+    const bool usable = largest > 1e-30f && spoiled == 0;  // less is 0, and has no inverse
     const __m512 inverse = _mm512_set1_ps(usable ? kLargest / largest : 0.0f);
     __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;
     char* to = reinterpret_cast<char*>(row);

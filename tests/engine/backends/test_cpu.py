@@ -145,6 +145,16 @@ def test_int8_products_are_finer_than_bfloat16(isa: InstructionSet, num_tokens: 
     assert not backend.linear("embed_tokens", endless).isfinite().any()
 
 
+@pytest.mark.parametrize("weight_type", list(WeightType), ids=lambda kind: kind.name)
+def test_packed_weights_have_the_size_of_their_layout(weight_type: WeightType) -> None:
+    """Blocks of 16 rows whose sum is padded to what the layout takes at a time: a byte less, and kernels run over."""
+    backend = make_backend(SHAPES["odd"], BUILT[-1], weight_type, torch.float32)
+    together = {WeightType.float32: 1, WeightType.bfloat16: 2, WeightType.int8: 4}[weight_type]
+    for param in backend._packed.values():
+        per_block = 16 * -(-param.size // together) * together
+        assert param.data.numel() % (per_block * param.num_blocks) == 0
+
+
 def test_hidden_states_do_not_depend_on_the_batch() -> None:
     """A sequence alone and among others has the same bits: rows never share a sum."""
     config, isa = SHAPES["wide"], BUILT[-1]
