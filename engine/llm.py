@@ -17,6 +17,8 @@ from weights.reader import resolve
 if TYPE_CHECKING:
     from engine.routing.record import RoutingSnapshot
 
+_STEP_TOKENS = 2048
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
@@ -45,7 +47,8 @@ class LLM:
 
     `model` is a checkpoint folder, a .gguf file or a hub repository id; `tokenizer` (the same kinds) and
     `chat_template` (a template or the path of one) replace the model's own; `options` are the other fields of
-    EngineConfig. Raises WeightsError and ConfigurationError. Not for use from several threads.
+    EngineConfig, with `max_num_batched_tokens` 2048 unless given. Raises WeightsError and ConfigurationError. Not for
+    use from several threads.
 
     `core` is the engine, `info` what it says of itself, `tokenizer` the text side.
     """
@@ -55,7 +58,8 @@ class LLM:
     ) -> None:
         from engine.core import EngineCore
 
-        config = EngineConfig(model=model, **options)
+        # Nobody waits for the next token of one answer here: steps may be as long as they are efficient.
+        config = EngineConfig(model=model, **{"max_num_batched_tokens": _STEP_TOKENS, **options})
         revision = config.revision if tokenizer is None else None
         path = resolve(model if tokenizer is None else tokenizer, revision=revision)
         self.tokenizer = Tokenizer.load(path, chat_template=chat_template)
