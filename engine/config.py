@@ -26,7 +26,7 @@ class EngineConfig:
     """Longest sequence in tokens; None: the checkpoint's context."""
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
-    """Token budget of one step; None: 2048 on a GPU, 192 on the CPU, where that is a tenth to a quarter of a second of
+    """Token budget of one step; None: 2048 on a GPU, 160 on the CPU, where that is a tenth to a quarter of a second of
     work for a small model, and running requests wait for it."""
     block_size: int = 16
     """Tokens a KV-cache block."""

@@ -32,7 +32,7 @@ from weights.loader import load
 from weights.params import ParamKind
 from weights.reader import resolve
 
-_STEP_TOKENS = {"cuda": 2048, "cpu": 192}
+_STEP_TOKENS = {"cuda": 2048, "cpu": 160}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
