@@ -282,7 +282,8 @@ def test_options_reach_the_core(monkeypatch: pytest.MonkeyPatch, checkpoint: Pat
     monkeypatch.setattr(EngineCore, "build", build)
     other = byte_level(tmp_path / "other")
     llm = LLM(str(checkpoint), tokenizer=str(other), chat_template="{{ 'hi' }}", max_num_seqs=3, dtype="float32")
-    assert configs == [EngineConfig(model=str(checkpoint), max_num_seqs=3, dtype="float32")]
+    expected = EngineConfig(model=str(checkpoint), max_num_seqs=3, dtype="float32", max_num_batched_tokens=2048)
+    assert configs == [expected]
     assert llm.tokenizer.decode(llm.tokenizer.encode_chat([])) == "hi"
     with pytest.raises(TypeError, match="no_such_option"):
         LLM(str(checkpoint), no_such_option=1)
