@@ -33,5 +33,5 @@ class Card:
         """What this card does another way than the newest, for the log."""
         if quantization == "fp8" and self.weight_dtype("fp8") is not torch.float8_e4m3fn:
             yield "it reads no fp8 (compute capability 8.9 and newer do): the experts are int8"
-        if self.capability < (9, 0) and dtype == torch.bfloat16:
+        if self.capability < (9, 0) and dtype == torch.bfloat16 and quantization != "int8":  # int8 has none anywhere
             yield "torch has no grouped GEMM for it (compute capability 9.0 and newer): prompts take the decode kernels"

@@ -54,7 +54,8 @@ def experts(
     """residual [T, D] += sum_k weight_k * W2_k(silu(W1_k row) * W3_k row) for the rows of x [T, D], in place.
 
     expert_ids [T, K] int32 (-1: no expert), routing_weights [T, K] float32, and the blocks of them by tiles.block_m.
-    A row of padding that has experts, but is in no block, gets an undefined residual.
+    A row of padding may have experts: it is computed like any other, unless `blocks` leaves it out, which makes its
+    residual undefined.
     """
     num_assignments = expert_ids.numel()
     places = None
