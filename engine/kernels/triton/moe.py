@@ -73,8 +73,9 @@ def up_kernel(
         return
     ids = tl.load(sorted_ids + block * BLOCK_M + tl.arange(0, BLOCK_M))
     valid = ids < num_assignments
-    # Padding reads row 0, and columns from F on the last one: so nothing in the loop needs a mask for them.
-    tokens = tl.where(valid, ids // num_choices, 0).to(tl.int64)
+    # Padding reads the block's first row, and columns from F on the last one: nothing in the loop needs a mask.
+    first = tl.load(sorted_ids + block * BLOCK_M)
+    tokens = (tl.where(valid, ids, first) // num_choices).to(tl.int64)
     columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = expert * (2 * F) + tl.minimum(columns, F - 1)
     offsets = tl.arange(0, BLOCK_K)[None, :]
@@ -126,7 +127,8 @@ def down_kernel(
         return
     ids = tl.load(sorted_ids + block * BLOCK_M + tl.arange(0, BLOCK_M))
     valid = ids < num_assignments
-    assignments = tl.where(valid, ids, 0).to(tl.int64)
+    # As above. Row 0 would not do: if its assignment has no expert, nothing was ever written there.
+    assignments = tl.where(valid, ids, tl.load(sorted_ids + block * BLOCK_M)).to(tl.int64)
     columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = expert * D + tl.minimum(columns, D - 1)
     offsets = tl.arange(0, BLOCK_K)[None, :]

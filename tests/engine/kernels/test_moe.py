@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.backends.cuda.moe import ExpertWeights, expert_ends, experts, quantize_rows, silu_mul_launch
+from engine.backends.cuda.moe import ExpertWeights, down_launch, expert_ends, experts, quantize_rows, silu_mul_launch
 from engine.backends.cuda.routing import ExpertBlocks
 from engine.backends.cuda.tiles import ExpertTiles, Tile
 
@@ -142,6 +142,20 @@ def test_padding_that_has_experts_but_no_block_changes_no_other_row(tiles: Exper
     wanted = expected(x, w13, w2, ids, routing_weights, residual)
     experts(x, weights, ids, routing_weights, blocks_of(ids, 4, 16, valid_rows=7), residual, tiles)
     close(residual[:7], wanted[:7], dtype)
+
+
+def test_rows_without_an_expert_are_not_multiplied() -> None:
+    """What is left in their memory may be anything: products of it that overflow are a warning here, so an error."""
+    weights, _, w2 = make_weights(4, 24, 40, torch.float32, torch.float32)
+    ids, routing_weights = torch.tensor([[-1, 3], [2, -1], [-1, 2]], dtype=torch.int32), torch.rand(3, 2)
+    used = ids.flatten() >= 0
+    middle = torch.randn(6, 40)
+    middle[~used] = torch.finfo(torch.float32).max
+    grouped = torch.full((6, 24), torch.nan)
+    down_launch(middle, weights, routing_weights, blocks_of(ids, 4, 16), grouped, TILES.down).run()
+    wanted = torch.einsum("rdf,rf->rd", w2[ids.flatten()[used]], middle[used]) * routing_weights.flatten()[used, None]
+    close(grouped[used], wanted, torch.float32)
+    assert grouped[~used].isnan().all()
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.int8, E4M3])
