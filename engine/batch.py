@@ -10,6 +10,7 @@ to 2 of its prompt (block table [3]):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from engine.routing.base import RoutingInputs
 from engine.routing.steering import SteeringTable
 from engine.scheduler import Chunk, StepPlan
+from engine.transfers import HostValues, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,33 @@ class Batch:
         return self.input_ids.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class LastTokens:
+    """The tokens that the last step sampled, which the host may not know yet."""
+
+    token_ids: Tensor  # [R] int64
+    rows: Mapping[int, int]
+    """Whose they are: Sequence.arrival -> row."""
+
+    def fill_pending(self, plan: StepPlan, input_ids: Tensor) -> None:
+        """Put them where the chunks of `plan` have a pending token: input_ids [T] int64, on the same device."""
+        places, rows, end = [], [], 0
+        for chunk in plan.chunks:
+            end += chunk.num_tokens
+            if chunk.has_pending:
+                places.append(end - 1)
+                rows.append(self.rows[chunk.sequence.arrival])
+        if places:
+            device = input_ids.device
+            tokens = self.token_ids.index_select(0, to_device(rows, torch.int64, device))
+            input_ids.index_copy_(0, to_device(places, torch.int64, device), tokens)
+
+
 def build(plan: StepPlan, *, block_size: int, steering: SteeringTable, device: torch.device) -> Batch:
-    """Lay out the chunks of `plan`, which is not empty, in their order. Fills `steering` for what is new in it."""
+    """Lay out the chunks of `plan`, which is not empty, in their order. Fills `steering` for what is new in it.
+
+    A pending token is 0: `LastTokens.fill_pending` puts it in its place.
+    """
     chunks = plan.chunks
     query_lens = [chunk.num_tokens for chunk in chunks]
     context_lens = [chunk.start + chunk.num_tokens for chunk in chunks]
@@ -63,25 +90,28 @@ def build(plan: StepPlan, *, block_size: int, steering: SteeringTable, device: t
     steering_slots = np.repeat(np.asarray(steering.slots_of(steerings), dtype=np.int64), query_lens)
     seeds = np.repeat(np.asarray([_stream(chunk) for chunk in chunks], dtype=np.int64), query_lens)
 
-    def to_device(array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+    def int64(array: HostValues) -> Tensor:
+        return to_device(array, torch.int64, device)
 
-    device_positions = to_device(positions)
+    def int32(array: HostValues) -> Tensor:
+        return to_device(array, torch.int32, device)
+
+    device_positions = int64(positions)
     return Batch(
-        input_ids=to_device(input_ids),
+        input_ids=int64(input_ids),
         positions=device_positions,
-        slot_mapping=to_device(slots),
-        cu_seqlens=to_device(cu_seqlens),
-        seq_lens=to_device(np.asarray(context_lens, dtype=np.int32)),
-        block_tables=to_device(block_tables),
-        logits_indices=to_device(np.asarray(logits_rows(plan), dtype=np.int64)),
+        slot_mapping=int64(slots),
+        cu_seqlens=int32(cu_seqlens),
+        seq_lens=int32(context_lens),
+        block_tables=int32(block_tables),
+        logits_indices=int64(logits_rows(plan)),
         routing=RoutingInputs(
             num_valid_tokens=torch.full((), len(positions), dtype=torch.int64, device=device),
-            slots=to_device(steering_slots),
+            slots=int64(steering_slots),
             top_k=steering.top_k,
             min_p=steering.min_p,
             forbidden=steering.forbidden,
-            seeds=to_device(seeds),
+            seeds=int64(seeds),
             positions=device_positions,
             max_top_k=steering.max_top_k(steerings),
         ),
@@ -101,7 +131,10 @@ def logits_rows(plan: StepPlan) -> list[int]:
 
 
 def _tokens(chunk: Chunk) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    return np.asarray(chunk.sequence.token_ids[chunk.start : chunk.start + chunk.num_tokens], dtype=np.int64)
+    tokens = np.zeros(chunk.num_tokens, dtype=np.int64)
+    known = chunk.sequence.token_ids[chunk.start : chunk.start + chunk.num_tokens]
+    tokens[: len(known)] = known
+    return tokens
 
 
 def _stream(chunk: Chunk) -> int:

@@ -101,13 +101,14 @@ class BlockManager:
 
         They may be published before they are computed, as long as they are computed in the step that is being
         scheduled: a step writes all keys and values of a layer before it reads any. When that step fails, `retract`.
-        A block whose contents are known already under another number stays unknown.
+        A block whose contents are known already under another number stays unknown, and so does, for a step, one
+        that ends with a pending token.
         """
         if not self.enable_prefix_caching:
             return
-        full = num_tokens // self.block_size
+        full = min(num_tokens, len(sequence.token_ids)) // self.block_size
         self._extend_hashes(sequence, full)
-        for index in range(sequence.num_computed // self.block_size, full):
+        for index in range(max(0, sequence.num_computed - 1) // self.block_size, full):
             block, key = sequence.block_table[index], sequence.block_hashes[index]
             if key not in self._block_of and block not in self._hash_of:
                 self._block_of[key] = block

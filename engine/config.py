@@ -20,18 +20,21 @@ class EngineConfig:
     """auto, cpu, cuda, torch or reference."""
     quantization: str | None = None
     """int8 or fp8: weights of 8 bits with a scale for each output channel, quantised as they are loaded."""
+    kv_cache_dtype: str = "auto"
+    """auto (the dtype), or fp8: keys and values in e4m3, as they are, without a scale. Backend cuda only."""
     load_format: str = "auto"
     """auto, or dummy: random weights of the right shapes, made on the device."""
     max_model_len: int | None = None
     """Longest sequence in tokens; None: the checkpoint's context."""
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
-    """Token budget of one step; None: 2048 on a GPU, 160 on the CPU, where that is a tenth to a quarter of a second of
-    work for a small model, and running requests wait for it."""
+    """Token budget of one step; None: engine/step_tokens.py chooses by device and model."""
     block_size: int = 16
     """Tokens a KV-cache block."""
+    enforce_eager: bool = False
+    """On backend cuda: launch every kernel of a decode by itself, rather than replay CUDA graphs."""
     gpu_memory_utilization: float = 0.9
-    """Share of a GPU's memory that weights, activations and KV cache may take together."""
+    """Share of a GPU's memory that weights, activations, CUDA graphs and KV cache may take together."""
     kv_cache_memory_bytes: int | None = None
     """None: on a GPU what is left, on the CPU the smaller of 4 GiB and a quarter of free memory."""
     enable_prefix_caching: bool = True

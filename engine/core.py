@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
-from engine.executor import Executor, OutOfDeviceMemoryError
+from engine.executor import Executor, OutOfDeviceMemoryError, Step
 from engine.grammar.errors import GrammarError
 from engine.grammar.matcher import Matcher
 from engine.grammar.store import GrammarStore
@@ -16,7 +16,7 @@ from engine.result import Sampled, StepResult
 from engine.routing.record import RoutingRecord
 from engine.routing.stats import stats, what_if
 from engine.scheduler import Chunk, Scheduler, StepPlan
-from engine.sequence import Sequence
+from engine.sequence import Sequence, Status
 from engine.startup import start
 from engine.types import (
     CapacityWhatIf,
@@ -48,6 +48,7 @@ class EngineCore:
         self._live: dict[str, Sequence] = {}
         self._grammars: GrammarStore | None = None
         self._building: dict[str, tuple[Sequence, Future[Matcher]]] = {}  # what waits for its grammar
+        self._under_way: tuple[StepPlan, Step] | None = None  # begun, and its result not fetched yet
         self._num_added = 0
         self._stats = EngineStats()
         self._recomputed_at_reset = 0
@@ -60,7 +61,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._building)
+        return self._scheduler.has_work or bool(self._building) or self._under_way is not None
 
     def use_vocabulary(self, vocabulary: GrammarVocabulary) -> None:
         """Learn what the tokens stand for; before the first request with a grammar."""
@@ -70,7 +71,7 @@ class EngineCore:
         """Queue a request. Its id must not be in use."""
         assert request.request_id not in self._live, f"request id {request.request_id} is in use"
         seed = request.params.seed if request.params.seed is not None else _derived_seed(self._seed, self._num_added)
-        sequence = Sequence(request, arrival=self._num_added, seed=seed)
+        sequence = Sequence(request, arrival=self._num_added, seed=seed, max_model_len=self.info.max_model_len)
         self._num_added += 1
         self._live[request.request_id] = sequence
         if request.grammar is None:
@@ -86,17 +87,29 @@ class EngineCore:
             self._scheduler.finish(sequence)
 
     def step(self) -> list[TokenEvent]:
-        """Advance every scheduled sequence once. Raises whatever breaks the executor for good."""
+        """Advance every scheduled sequence once. Raises whatever breaks the executor for good.
+
+        Where the device computes while the host goes on, the step before is still under way when this one is planned
+        and its forward pass begins; its tokens are told then, and this one is sampled, all of which costs the device
+        nothing as long as it is done before the forward pass is.
+        """
         events = self._admit_built()
         plan = self._scheduler.schedule()
-        if not plan.chunks:
+        if not plan.chunks and self._under_way is None:
             wait([future for _, future in self._building.values()], timeout=_BUILD_WAIT_SECONDS)
             return events
         try:
-            result = self._executor.execute(plan)
+            step = self._begin(plan) if plan.chunks else None
+            events += self._finish()
+            if step is not None:
+                step.sample()
+                self._under_way = plan, step
         except OutOfDeviceMemoryError as error:
+            events += self._finish()
             return events + self._fail(plan, f"out of memory in a step of {plan.num_tokens} tokens: {error}")
-        return events + self._postprocess(plan, result)
+        if not self._executor.runs_ahead:
+            events += self._finish()
+        return events
 
     def stats(self) -> EngineStats:
         """A snapshot for whoever watches."""
@@ -159,14 +172,35 @@ class EngineCore:
                 events.append(_failure(request_id, f"the grammar was refused: {error}", param="grammar"))
         return events
 
-    def _postprocess(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
-        events: list[TokenEvent] = []
-        prompt_tokens = generation_tokens = recomputed_tokens = 0
-        for index, chunk in enumerate(plan.chunks):
+    def _begin(self, plan: StepPlan) -> Step:
+        """The forward pass; from then on its tokens count as computed."""
+        step = self._executor.forward(plan)
+        recomputed_tokens = 0
+        for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.num_computed += chunk.num_tokens
             recomputed_tokens += min(sequence.num_computed, max(sequence.num_ever_computed, chunk.start)) - chunk.start
             sequence.num_ever_computed = max(sequence.num_ever_computed, sequence.num_computed)
+            if chunk.samples and sequence.request.params.max_tokens != 0:
+                sequence.num_pending += 1  # beside one of the step before, which is told next
+        self._stats = replace(self._stats, recomputed_tokens=self._stats.recomputed_tokens + recomputed_tokens)
+        return step
+
+    def _finish(self) -> list[TokenEvent]:
+        """Wait for the step under way, if there is one, and tell what came of it."""
+        if self._under_way is None:
+            return []
+        plan, step = self._under_way
+        self._under_way = None
+        return self._postprocess(plan, step.result())
+
+    def _postprocess(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        prompt_tokens = generation_tokens = 0
+        for index, chunk in enumerate(plan.chunks):
+            sequence = chunk.sequence
+            if sequence.status is Status.FINISHED:
+                continue  # aborted, or ended by a token that was not known when the step began
             scores = result.prompt_logprobs.get(index, [])
             # Entry i scores token i + 1. After a preemption the first ones come a second time.
             sequence.prompt_logprobs += scores[max(0, len(sequence.prompt_logprobs) - chunk.start) :]
@@ -190,7 +224,6 @@ class EngineCore:
             num_steps=self._stats.num_steps + 1,
             prompt_tokens=self._stats.prompt_tokens + prompt_tokens,
             generation_tokens=self._stats.generation_tokens + generation_tokens,
-            recomputed_tokens=self._stats.recomputed_tokens + recomputed_tokens,
         )
         return events
 
@@ -201,6 +234,7 @@ class EngineCore:
         first = sequence.num_output == 0
         token_ids: tuple[int, ...] = ()
         if params.max_tokens != 0:
+            sequence.num_pending -= 1
             token_ids = (sampled.token_id,)
             sequence.token_ids.append(sampled.token_id)
             if sequence.matcher is not None and not self._ends_grammar(sequence):
@@ -243,9 +277,7 @@ class EngineCore:
                 return FinishReason.STOP, None
             if last in params.stop_token_ids:
                 return FinishReason.STOP, last
-        if params.max_tokens is not None and sequence.num_output >= params.max_tokens:
-            return FinishReason.LENGTH, None
-        if sequence.num_tokens >= self.info.max_model_len:
+        if len(sequence.token_ids) >= sequence.max_num_tokens:
             return FinishReason.LENGTH, None
         return None, None
 
@@ -272,8 +304,9 @@ class EngineCore:
         """Give up the sequences of a step that could not be computed; all others go on."""
         events = []
         for chunk in plan.chunks:
-            self._blocks.retract(chunk.sequence)
-            events.append(self._give_up(chunk.sequence, message))
+            if chunk.sequence.status is not Status.FINISHED:
+                self._blocks.retract(chunk.sequence)
+                events.append(self._give_up(chunk.sequence, message))
         return events
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import embedding
 
 from engine.grammar.errors import GrammarError
 from engine.grammar.matcher import Matcher, TokenBits, num_bytes
+from engine.transfers import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ def fill(rows: Sequence[MaskedRow], *, vocab_size: int, device: torch.device) ->
         else:
             if row.banned_ids:
                 _ban(own, row.banned_ids)
-    indices = torch.tensor([row.index for row in rows])
-    return TokenMasks(_to(device, indices), _to(device, torch.from_numpy(bits))), failed
+    indices = [row.index for row in rows]
+    return TokenMasks(to_device(indices, torch.int64, device), to_device(bits, torch.uint8, device)), failed
 
 
 def _penalties_of_bytes(logits: Tensor) -> Tensor:
@@ -69,7 +70,3 @@ def _ban(bits: TokenBits, token_ids: Sequence[int]) -> None:
         left[token_id // 8] &= 0xFF ^ (1 << token_id % 8)
     if left.any():
         bits[:] = left
-
-
-def _to(device: torch.device, tensor: Tensor) -> Tensor:
-    return tensor.to(device, non_blocking=True)

@@ -6,92 +6,127 @@ The engine plans its own memory with the same functions, so what `mixserve plan`
 from __future__ import annotations
 
 import math
-import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 from typing import Any
 
+from engine.activations import ITEMSIZE, StepSize, activation_bytes, graph_bytes
 from engine.errors import ConfigurationError
+from engine.machine import device_memory, gpu_name
+from engine.step_tokens import default_step_tokens
 from weights.config import ModelConfig
 from weights.families import mixtral
-from weights.params import ParamKind
-
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes an element, by dtype name."""
+from weights.params import ParamKind, ParamSpec
 
 BATCH_CONTEXT = 4096
 """Tokens a sequence at which `Plan.max_batch` counts sequences."""
 
-NOT_QUANTIZED = frozenset({ParamKind.NORM, ParamKind.ROUTER})
-"""Kinds that stay as they are: next to nothing, and what they decide is decided for good."""
+QUANTIZATIONS = {"cuda": ("fp8", "int8"), "cpu": ("int8",)}
+"""What weights may be quantised to, by backend; the others have none."""
 
-EXPERTS_ONLY = frozenset({ParamKind.EXPERT})
-"""What is quantised on a GPU, and so by fp8."""
+_RUNTIME = 512 << 20
+"""What CUDA and the code of the kernels take of a GPU: a guess, the engine measures it."""
 
-_UNITS = {"": 1, "b": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
+_SCALE = 4
+"""Bytes of the scale that each row of a quantised matrix has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Where the memory of one device goes. All sizes are in bytes, all lengths in tokens."""
+    """Where the memory of one device goes. All sizes are in bytes, all lengths in tokens; options as the engine's."""
 
+    config: ModelConfig
+    device: str
+    """cpu or cuda"""
+    backend: str
     dtype: str
     quantization: str | None
-    quantized: frozenset[ParamKind]
-    """Kinds of 8 bits an element."""
-    params: Mapping[ParamKind, int]
-    """Number of parameters by kind, as they are held: a tied lm_head is none of its own."""
-    active_params: int
-    """Parameters that one token's forward pass goes through."""
-    kv_bytes_per_token: int
-    activation_bytes: int
+    """What weights are held in: fp8 too where a checkpoint comes so."""
+    kv_cache_dtype: str
+    """auto (the dtype) or fp8."""
     memory_bytes: int
     gpu_memory_utilization: float
     max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_choices: int
+    """The most experts that a request may ask for."""
+
+    @property
+    def params(self) -> dict[ParamKind, int]:
+        """Number of parameters by kind, as they are held: a tied lm_head is none of its own."""
+        return params_by_kind(self.config)
 
     @property
     def total_params(self) -> int:
         return sum(self.params.values())
 
     @property
+    def active_params(self) -> int:
+        """Parameters that one token's forward pass goes through."""
+        return active_params(self.config)
+
+    @property
+    def weight_bytes_by_kind(self) -> dict[ParamKind, int]:
+        """Scales included."""
+        sizes = dict.fromkeys(self.params, 0)
+        for spec in mixtral.param_specs(self.config):
+            size = weight_bytes(spec, backend=self.backend, dtype=self.dtype, quantization=self.quantization)
+            sizes[spec.kind] += size
+        return sizes
+
+    @property
     def weight_bytes(self) -> int:
         return sum(self.weight_bytes_by_kind.values())
 
     @property
-    def weight_bytes_by_kind(self) -> dict[ParamKind, int]:
-        """Scales of quantised weights, a few bytes a row, are left out."""
-        return {kind: count * self._itemsize(kind) for kind, count in self.params.items()}
-
-    @property
     def active_bytes(self) -> int:
         """Of the weights that one token's forward pass reads."""
-        idle = self.total_params - self.active_params  # all of them in experts
-        return self.weight_bytes - idle * self._itemsize(ParamKind.EXPERT)
+        experts = self.weight_bytes_by_kind.get(ParamKind.EXPERT, 0)
+        idle = self.config.num_experts - self.config.num_experts_per_tok
+        return self.weight_bytes - experts * idle // self.config.num_experts
 
-    def _itemsize(self, kind: ParamKind) -> int:
-        return 1 if kind in self.quantized else ITEMSIZE[self.dtype]
+    @property
+    def activation_bytes(self) -> int:
+        return activation_bytes(self.config, self._step, backend=self.backend)
+
+    @property
+    def graph_bytes(self) -> int:
+        return graph_bytes(self.config, self._step, backend=self.backend)
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What the device's own software takes."""
+        return _RUNTIME if self.device == "cuda" else 0
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return kv_bytes_per_token(self.config, self.dtype, self.kv_cache_dtype)
 
     @property
     def budget_bytes(self) -> int:
-        """What weights, activations and KV cache may take together."""
+        """What everything may take together."""
         return int(self.memory_bytes * self.gpu_memory_utilization)
 
     @property
+    def fixed_bytes(self) -> int:
+        """Everything but the KV cache."""
+        return self.weight_bytes + self.activation_bytes + self.graph_bytes + self.runtime_bytes
+
+    @property
     def max_kv_tokens(self) -> int:
-        """Tokens whose keys and values fit beside weights and activations; 0 when not even those fit."""
-        left = self.budget_bytes - self.weight_bytes - self.activation_bytes
-        return max(0, left // self.kv_bytes_per_token)
+        """Tokens whose keys and values fit beside everything else; 0 when not even that fits."""
+        return max(0, self.budget_bytes - self.fixed_bytes) // self.kv_bytes_per_token
 
     @property
     def required_bytes(self) -> int:
-        """What the budget must hold at least: weights, activations and one sequence of `max_model_len` tokens."""
-        return self.weight_bytes + self.activation_bytes + self.max_model_len * self.kv_bytes_per_token
+        """What the budget must hold at least: everything, and one sequence of `max_model_len` tokens."""
+        return self.fixed_bytes + self.max_model_len * self.kv_bytes_per_token
+
+    @property
+    def required_memory_bytes(self) -> int:
+        """The smallest memory whose budget does."""
+        return math.ceil(self.required_bytes / self.gpu_memory_utilization)
 
     @property
     def fits(self) -> bool:
@@ -102,81 +137,91 @@ class Plan:
         """Sequences of `BATCH_CONTEXT` tokens that fit at once."""
         return self.max_kv_tokens // BATCH_CONTEXT
 
+    @property
+    def _step(self) -> StepSize:
+        return StepSize(
+            dtype=self.dtype,
+            quantization=self.quantization,
+            num_tokens=self.max_num_batched_tokens,
+            num_seqs=self.max_num_seqs,
+            context=self.max_model_len,
+            num_choices=self.max_choices,
+        )
+
     def to_json_dict(self) -> dict[str, Any]:
         return {
+            "backend": self.backend,
             "dtype": self.dtype,
             "quantization": self.quantization,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "total_params": self.total_params,
             "active_params": self.active_params,
             "params": {kind.value: count for kind, count in self.params.items()},
             "weight_bytes": self.weight_bytes,
             "activation_bytes": self.activation_bytes,
+            "graph_bytes": self.graph_bytes,
+            "runtime_bytes": self.runtime_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "memory_bytes": self.memory_bytes,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "budget_bytes": self.budget_bytes,
             "required_bytes": self.required_bytes,
             "max_model_len": self.max_model_len,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
             "max_kv_tokens": self.max_kv_tokens,
             "max_batch_at_4096": self.max_batch,
             "fits": self.fits,
         }
 
-    def table(self) -> str:
-        """The plan for people: parameters by kind, then how they share the memory, then the verdict."""
-        sizes = self.weight_bytes_by_kind
-        lines = [f"{'':<24}{'parameters':>16}{self.quantization or self.dtype:>14}"]
-        lines += [f"{kind.value:<24}{count:>16,}{_gb(sizes[kind]):>14}" for kind, count in self.params.items()]
-        lines += [
-            f"{'total':<24}{self.total_params:>16,}{_gb(self.weight_bytes):>14}",
-            f"{'active for a token':<24}{self.active_params:>16,}{_gb(self.active_bytes):>14}",
-            "",
-            f"{'memory':<40}{_gb(self.memory_bytes):>14}",
-            f"{f'to use ({self.gpu_memory_utilization:.0%})':<40}{_gb(self.budget_bytes):>14}",
-            f"{'  weights':<40}{_gb(self.weight_bytes):>14}",
-            f"{'  activations':<40}{_gb(self.activation_bytes):>14}",
-            f"{'  KV cache':<40}{_gb(self.max_kv_tokens * self.kv_bytes_per_token):>14}",
-            f"{'headroom':<40}{_gb(self.memory_bytes - self.budget_bytes):>14}",
-            "",
-            f"{'KV cache a token':<40}{f'{self.kv_bytes_per_token:,} B':>14}",
-            f"{'KV cache holds':<40}{f'{self.max_kv_tokens:,} tok':>14}",
-            f"{f'sequences of {BATCH_CONTEXT:,} tokens':<40}{self.max_batch:>14,}",
-            "",
-            self._verdict(),
-        ]
-        return "\n".join(lines)
-
-    def _verdict(self) -> str:
-        need = f"one sequence of {self.max_model_len:,} tokens needs {_gb(self.required_bytes)}"
-        if self.fits:
-            return f"Fits: {need} of the {_gb(self.budget_bytes)} to use."
-        memory = _gb(self.required_bytes / self.gpu_memory_utilization)
-        return f"Does not fit: {need}, there are {_gb(self.budget_bytes)} to use (a memory of {memory} would do)."
-
 
 def plan_model(
     config: ModelConfig,
     *,
+    device: str = "auto",
+    card: str | None = None,
+    backend: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
-    experts_only: bool = False,
+    kv_cache_dtype: str = "auto",
     memory_bytes: int | None = None,
     max_model_len: int | None = None,
-    max_num_batched_tokens: int = 2048,
+    max_num_batched_tokens: int | None = None,
     max_num_seqs: int = 256,
+    max_choices: int | None = None,
     gpu_memory_utilization: float = 0.9,
 ) -> Plan:
     """Plans `config` on a device of `memory_bytes` (None: this machine's), with the engine's options of the same names.
 
-    `dtype` None: the checkpoint's. `max_model_len` None: the checkpoint's context. `experts_only`: int8 is for the
-    experts alone too, as backend cuda has it. Raises ConfigurationError for an
-    unknown dtype or a size that cannot be.
+    `device` auto: a GPU where there is one, or where `memory_bytes` are a GPU's to be. `card`: the GPU's name, None:
+    this machine's where its memory is meant. `backend` None: cuda on a GPU, on the CPU its own. `dtype` None: the
+    checkpoint's. `max_model_len` None: the checkpoint's context. `max_num_batched_tokens` None: the engine's default.
+    `max_choices` None: all experts. Raises ConfigurationError for what the backend does not have, an unknown dtype, or
+    a size that cannot be.
     """
     dtype = config.dtype if dtype is None else dtype
     if dtype not in ITEMSIZE:
         raise ConfigurationError(f"dtype {dtype!r} is not known: use {', '.join(ITEMSIZE)}")
+    if device == "auto":
+        device = "cuda" if memory_bytes is not None or gpu_name() is not None else "cpu"
+    if card is None and memory_bytes is None and device == "cuda":
+        card = gpu_name()
+    if backend is None:
+        backend = usual_backend(device, dtype)
+    quantization = held_quantization(backend, config, quantization)
+    if quantization is not None and quantization not in QUANTIZATIONS.get(backend, ()):
+        raise ConfigurationError(f"backend {backend} has no {quantization} weights")
+    if kv_cache_dtype not in kv_cache_dtypes(backend):
+        raise ConfigurationError(f"backend {backend} has no {kv_cache_dtype} KV cache")
+    if max_num_batched_tokens is None:
+        max_num_batched_tokens = default_step_tokens(
+            config,
+            device=device,
+            card=None if dtype == "float32" else card,
+            quantization=quantization,
+            max_num_seqs=max_num_seqs,
+        )
     max_model_len = config.max_position_embeddings if max_model_len is None else max_model_len
-    memory_bytes = device_memory() if memory_bytes is None else memory_bytes
+    memory_bytes = device_memory(device) if memory_bytes is None else memory_bytes
     sizes = {
         "memory_bytes": memory_bytes,
         "max_model_len": max_model_len,
@@ -188,25 +233,54 @@ def plan_model(
             raise ConfigurationError(f"{name} must be at least 1, not {value}")
     if not 0 < gpu_memory_utilization <= 1:
         raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], not {gpu_memory_utilization}")
-    kinds = EXPERTS_ONLY if experts_only or quantization == "fp8" else frozenset(ParamKind) - NOT_QUANTIZED
     return Plan(
+        config=config,
+        device=device,
+        backend=backend,
         dtype=dtype,
         quantization=quantization,
-        quantized=kinds if quantization is not None else frozenset(),
-        params=params_by_kind(config),
-        active_params=active_params(config),
-        kv_bytes_per_token=kv_bytes_per_token(config, dtype),
-        activation_bytes=activation_bytes(
-            config,
-            dtype,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-        ),
-        memory_bytes=memory_bytes,
+        kv_cache_dtype=kv_cache_dtype,
         gpu_memory_utilization=gpu_memory_utilization,
-        max_model_len=max_model_len,
+        max_choices=config.num_experts if max_choices is None else max_choices,
+        **sizes,
     )
+
+
+def usual_backend(device: str, dtype: str) -> str:
+    """Which backend is planned for: on the CPU the one that serves by default, on a GPU cuda."""
+    if device == "cuda":
+        return "cuda"
+    return "torch" if dtype == "float16" else "cpu"
+
+
+def held_quantization(backend: str, config: ModelConfig, quantization: str | None) -> str | None:
+    """What `backend` holds weights in: backend cuda keeps experts that come in float8, unless another quantization is
+    asked for.
+    """
+    return "fp8" if quantization is None and backend == "cuda" and config.fp8_experts else quantization
+
+
+def kv_cache_dtypes(backend: str) -> Iterator[str]:
+    """What the KV cache of `backend` may be."""
+    yield "auto"
+    if backend == "cuda":
+        yield "fp8"
+
+
+def weight_bytes(spec: ParamSpec, *, backend: str, dtype: str, quantization: str | None) -> int:
+    """Bytes of a parameter as `backend` holds it.
+
+    Norms and routers are never quantised, and on the CPU they are float32: next to nothing, and what they decide is
+    decided for good. Backend cuda quantises the experts alone. A quantised matrix has a float32 scale for each row.
+
+    Example, w2 of a layer of Mixtral 8x7B [8, 4096, 14336] in fp8: 469,762,048 + 4 * 8 * 4096 = 469,893,120.
+    """
+    num_elements = math.prod(spec.shape)
+    if spec.kind in (ParamKind.NORM, ParamKind.ROUTER):
+        return num_elements * (4 if backend == "cpu" else ITEMSIZE[dtype])
+    if quantization is None or (backend == "cuda" and spec.kind is not ParamKind.EXPERT):
+        return num_elements * ITEMSIZE[dtype]
+    return num_elements + _SCALE * math.prod(spec.shape[:-1])
 
 
 def params_by_kind(config: ModelConfig) -> dict[ParamKind, int]:
@@ -227,117 +301,10 @@ def active_params(config: ModelConfig) -> int:
     return sum(counts.values()) - experts + experts * config.num_experts_per_tok // config.num_experts
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
+def kv_bytes_per_token(config: ModelConfig, dtype: str, kv_cache_dtype: str = "auto") -> int:
     """Bytes of keys and values that one token leaves in the cache, over all layers.
 
-    Mixtral 8x7B in bfloat16: 2 (K and V) * 32 layers * 8 KV heads * 128 * 2 bytes = 131,072.
+    Mixtral 8x7B in bfloat16: 2 (K and V) * 32 layers * 8 KV heads * 128 * 2 bytes = 131,072; in fp8 half of it.
     """
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * ITEMSIZE[dtype]
-
-
-def activation_bytes(
-    config: ModelConfig,
-    dtype: str,
-    *,
-    max_num_batched_tokens: int,
-    max_num_seqs: int,
-    max_model_len: int | None = None,
-) -> int:
-    """Estimated peak, in bytes, of the intermediate tensors of a step of T = `max_num_batched_tokens` tokens.
-
-    A layer's tensors are freed before the next layer's, so the peak is one of three moments. They are counted in
-    elements of the dtype unless a size is given; N is head_dim, G the number of kv heads, C = `max_model_len` (None:
-    the checkpoint's context), R = min(T, `max_num_seqs`) the rows that are sampled:
-
-        attention   T * (residual D, norm D, qkv (H+2G)N, rotated and folded 2HN+GN, outputs 2HN)
-                    and, for a chunk at the end of the longest sequence, C * 2GN gathered keys and values
-                    and min(T, C) * C * H/G places of the mask, once as 1 byte and once in the dtype
-        experts     T * (residual D, norm D), and for each of T * K rows grouped by expert the larger of
-                    input D, gate and up 2F, silu F, product F    and
-                    input D, gate and up 2F, w2 D, ungrouped D, and 3D in float32 while they are summed
-        sampling    R * V * 44 bytes: logits as made, adjusted, scaled, filtered, sorted with indices, running sums
-
-    Example, Mixtral 8x7B in bfloat16 with T = 2048 and C = 4096: the experts are the largest moment, with 4096 rows of
-    3*4096*2 + 2*14336*2 + 3*4096*4 = 131,072 bytes and 2048 of 2*4096*2, together 570 MB.
-    """
-    size, tokens, hidden, ffn = ITEMSIZE[dtype], max_num_batched_tokens, config.hidden_size, config.intermediate_size
-    context = config.max_position_embeddings if max_model_len is None else max_model_len
-    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    mask = min(tokens, context) * context * config.num_heads // config.num_kv_heads
-    attention = (
-        tokens * (2 * hidden + 5 * q_width + 3 * kv_width) * size + context * 2 * kv_width * size + mask * (1 + size)
-    )
-    expert_row = max((hidden + 4 * ffn) * size, (3 * hidden + 2 * ffn) * size + 3 * hidden * 4)
-    experts = tokens * (2 * hidden * size + config.num_experts_per_tok * expert_row)
-    sampling = min(tokens, max_num_seqs) * config.vocab_size * 44
-    return max(attention, experts, sampling)
-
-
-def parse_memory(text: str) -> int:
-    """ "80GiB" -> 85899345920, "141GB" -> 141000000000, "1.5 GiB", "123" (bytes) -> a number of bytes, at least 1.
-
-    Raises ValueError for anything else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower(), re.ASCII)
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{text!r} is not an amount of memory: write 80GiB, 141GB, 512MiB or a number of bytes")
-    whole, _, fraction = match[1].partition(".")
-    num_bytes: int = int(whole + fraction) * _UNITS[match[2]] // 10 ** len(fraction)
-    if num_bytes < 1:
-        raise ValueError(f"{text!r} is no memory at all")
-    return num_bytes
-
-
-def device_memory(device: str = "auto") -> int:
-    """Bytes of memory of the first GPU ("cuda", or "auto" where there is one), else `host_memory()`.
-
-    Raises ConfigurationError when "cuda" is asked for and there is none.
-    """
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("device cuda: no GPU is available here; use --device cpu")
-    if device != "cpu" and torch.cuda.is_available():
-        total: int = torch.cuda.get_device_properties(0).total_memory
-        return total
-    return host_memory()
-
-
-def host_memory(root: Path = Path("/")) -> int:
-    """Bytes of this machine's memory, or of what the control groups that this process is in leave of it.
-
-    A container or a service manager limits a group, and with it all groups inside. Where they are mounted is told by
-    convention (version 2: /sys/fs/cgroup, version 1: its folder "memory"), the way to our own by /proc/self/cgroup:
-    "0::/system.slice/mixserve.service" in version 2, "4:memory:/docker/3f2a" in version 1. Inside a container that way
-    may be the host's and lead nowhere, but the first folder is the container's then. `root` is where the files are.
-    """
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    groups = root / "sys" / "fs" / "cgroup"
-    for line in _read_text(root / "proc" / "self" / "cgroup").splitlines():
-        controllers, _, group = line.partition(":")[2].partition(":")
-        if controllers == "":
-            folder, name = groups, "memory.max"
-        elif "memory" in controllers.split(","):
-            folder, name = groups / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        path = PurePosixPath(group.lstrip("/"))
-        limits = [_read_text(folder / each / name).strip() for each in (path, *path.parents)]
-        sizes += [int(limit) for limit in limits if limit.isdecimal()]  # without a limit, version 2 says "max"
-    return min(sizes)
-
-
-def _read_text(path: Path) -> str:
-    """What is in the file; nothing when there is none that can be read."""
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _gb(num_bytes: float) -> str:
-    """ "93.4 GB", "512.0 MB": decimal units, as devices are sold and as checkpoints are measured."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.1f} {unit}"
-    return f"{num_bytes:.0f} B"
+    size = 1 if kv_cache_dtype == "fp8" else ITEMSIZE[dtype]
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * size

@@ -4,7 +4,7 @@ Order, as the HTTP contract has it: repetition, presence and frequency penalties
 min_tokens, the grammars' masks, temperature, top-k, top-p, min-p, draw. Log probabilities are of the untouched logits.
 
 A draw is a function of (seed, choice, position) and the distribution alone: replaying a preempted sequence, or
-running it in another batch, draws the same token.
+running it in another batch, draws the same token. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from engine.grammar.matcher import Matcher
 from engine.masks import MaskedRow, TokenMasks
-from engine.result import Sampled
-from engine.types import SamplingParams, TokenLogprobs
+from engine.samples import Logprobs, Samples
+from engine.transfers import HostValues, to_device
+from engine.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class SamplingRow:
         return len(self.output_ids) >= self.params.min_tokens
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None) -> list[Sampled]:
+def sample(logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None) -> Samples:
     """One token for each row of `logits` [R, V] float32. Does not change `logits`."""
     assert logits.shape[0] == len(rows)
     adjusted = _adjusted(logits, rows)
@@ -53,17 +54,20 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None
         adjusted = adjusted.clone() if adjusted is logits else adjusted
         masks.apply(adjusted)
     chosen = _choose(adjusted, rows)
-    token_ids: list[int] = chosen.tolist()
-    reports = _report(logits, chosen, [row.params.logprobs for row in rows])
-    return [Sampled(token_id, report) for token_id, report in zip(token_ids, reports, strict=True)]
+    asked = [(index, row.params.logprobs) for index, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asked:
+        return Samples(chosen, None, ())
+    indices, num_top = zip(*asked, strict=True)
+    select = to_device(indices, torch.int64, logits.device)
+    return Samples(chosen, _logprobs(logits[select], chosen[select], num_top), indices)
 
 
-def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> Logprobs:
     """The raw log probabilities of `token_ids` [R] under `logits` [R, V] float32, with the `num_top` best of each
     row.
     """
-    reports = _report(logits, torch.tensor(token_ids, device=logits.device), [num_top] * len(token_ids))
-    return [report for report in reports if report is not None]
+    ids = to_device(token_ids, torch.int64, logits.device)
+    return _logprobs(logits, ids, (num_top,) * len(token_ids))
 
 
 def masked_rows(rows: Sequence[SamplingRow]) -> list[MaskedRow]:
@@ -131,19 +135,16 @@ def _adjustments(row: SamplingRow) -> list[Callable[[Tensor], None]]:
     return steps
 
 
-def _add(logits: Tensor, ids: Sequence[int], amounts: Sequence[float]) -> None:
-    logits.index_put_(
-        (torch.tensor(ids, device=logits.device),),
-        torch.tensor(amounts, dtype=logits.dtype, device=logits.device),
-        accumulate=True,
-    )
+def _add(logits: Tensor, ids: HostValues, amounts: HostValues) -> None:
+    places = to_device(ids, torch.int64, logits.device)
+    logits.index_put_((places,), to_device(amounts, logits.dtype, logits.device), accumulate=True)
 
 
 def _penalize_repetition(logits: Tensor, row: SamplingRow) -> None:
     """Keskar et al. 2019 (CTRL), section 4.1, over prompt and output; negative logits are multiplied, positive
     divided.
     """
-    seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), device=logits.device)
+    seen = to_device([*row.prompt_ids, *row.output_ids], torch.int64, logits.device)  # the same twice does no harm
     values = logits[seen]
     penalty = row.params.repetition_penalty
     logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
@@ -155,7 +156,7 @@ def _penalize_counts(logits: Tensor, row: SamplingRow) -> None:
         return
     ids, counts = np.unique(np.asarray(row.output_ids, dtype=np.int64), return_counts=True)
     amounts = -row.params.presence_penalty - row.params.frequency_penalty * counts
-    _add(logits, ids.tolist(), amounts.tolist())
+    _add(logits, ids, amounts)
 
 
 def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -163,7 +164,7 @@ def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     chosen = logits.argmax(dim=-1)
     drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
     if drawn:
-        select = torch.tensor(drawn, device=logits.device)
+        select = to_device(drawn, torch.int64, logits.device)
         chosen[select] = _draw(logits[select], [rows[index] for index in drawn])
     return chosen
 
@@ -172,12 +173,12 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     device = logits.device
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(-1)
+        return to_device(values, torch.float32, device).unsqueeze(-1)
 
     logits = logits / column([row.params.temperature for row in rows])
     filtered = [index for index, row in enumerate(rows) if row.params.top_k > 0 or row.params.top_p < 1.0]
     if filtered:
-        select = torch.tensor(filtered, device=device)
+        select = to_device(filtered, torch.int64, device)
         logits[select] = _top_k_top_p(logits[select], [rows[index].params for index in filtered])
     probabilities = torch.softmax(logits, dim=-1)
     if any(row.params.min_p > 0.0 for row in rows):
@@ -187,7 +188,7 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     # a large vocabulary loses nothing.
     cumulative = probabilities.double().cumsum(dim=-1)
     draws = [uniform(row.seed, row.params.choice, row.position) for row in rows]
-    targets = torch.tensor(draws, dtype=torch.float64, device=device).unsqueeze(-1) * cumulative[:, -1:]
+    targets = to_device(draws, torch.float64, device).unsqueeze(-1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
 
 
@@ -199,43 +200,33 @@ def _top_k_top_p(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """
     size = logits.shape[-1]
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    limits = torch.tensor([min(p.top_k, size) if p.top_k > 0 else size for p in params], device=logits.device)
+    limits = to_device([min(p.top_k, size) if p.top_k > 0 else size for p in params], torch.int64, logits.device)
     ordered = ordered.masked_fill(torch.arange(size, device=logits.device) >= limits.unsqueeze(-1), -torch.inf)
     probabilities = torch.softmax(ordered, dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float32, device=logits.device).unsqueeze(-1)
+    top_p = to_device([p.top_p for p in params], torch.float32, logits.device).unsqueeze(-1)
     outside = (before >= top_p) & (top_p < 1.0)
     outside[:, 0] = False
     return torch.empty_like(logits).scatter_(-1, order, ordered.masked_fill(outside, -torch.inf))
 
 
-def _report(logits: Tensor, chosen: Tensor, wanted: Sequence[int | None]) -> list[TokenLogprobs | None]:
-    """Log probabilities for the rows whose `wanted` (number of best tokens beside the chosen one) is not None."""
-    reports: list[TokenLogprobs | None] = [None] * len(wanted)
-    asked = [index for index, number in enumerate(wanted) if number is not None]
-    if not asked:
-        return reports
-    select = torch.tensor(asked, device=logits.device)
-    raw = torch.log_softmax(logits[select], dim=-1)
-    own = raw.gather(-1, chosen[select].unsqueeze(-1))
-    ranks = (raw > own).sum(dim=-1).add(1).tolist()
-    token_ids, values = chosen[select].tolist(), own.squeeze(-1).tolist()
-    best_values, best_ids = _best(raw, max(wanted[index] or 0 for index in asked))
-    tops = zip(best_ids.tolist(), best_values.tolist(), strict=True)
-    for index, token_id, value, rank, (ids, top) in zip(asked, token_ids, values, ranks, tops, strict=True):
-        pairs = tuple(zip(ids, top, strict=True))[: wanted[index] or 0]
-        reports[index] = TokenLogprobs(token_id, value, rank, pairs)
-    return reports
+def _logprobs(logits: Tensor, chosen: Tensor, num_top: tuple[int, ...]) -> Logprobs:
+    raw = torch.log_softmax(logits, dim=-1)
+    own = raw.gather(-1, chosen.unsqueeze(-1))
+    best_values, best_ids = _best(raw, min(max(num_top, default=0), raw.shape[-1]))
+    return Logprobs(chosen, own.squeeze(-1), (raw > own).sum(dim=-1) + 1, best_ids, best_values, num_top)
 
 
 def _best(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The `number` largest of each row of `values` [R, V] (all, when there are fewer) and where they are, equals in the
-    order of their indices: torch.topk leaves it open, so rows with equals among their best are sorted.
+    """The `number` largest of each row of `values` [R, V] float32 and where they are, equals in the order of their
+    indices.
+
+    torch.topk leaves that order open, so it is given integers without equals: above, the bits of the value, as an
+    integer that is ordered like it (those of a negative number are inverted but for the sign); below, the index,
+    counted from the end.
     """
-    width = min(number + 1, values.shape[-1])
-    best, indices = values.topk(width, dim=-1)
-    tied = (best[:, 1:] == best[:, :-1]).any(dim=-1)
-    if tied.any():
-        in_order, order = values[tied].sort(dim=-1, descending=True, stable=True)
-        best[tied], indices[tied] = in_order[:, :width], order[:, :width]
-    return best[:, :number], indices[:, :number]
+    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ordered = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
+    from_end = torch.arange(values.shape[-1] - 1, -1, -1, device=values.device)
+    indices = (ordered + from_end).topk(number, dim=-1).indices
+    return values.gather(-1, indices), indices

@@ -5,6 +5,9 @@ arXiv 2308.16369): running decodes get their token first, prompts share what is 
 never holds up a decode. Within each group the order is (priority, arrival), and the first in that order can always
 make room by preempting the last: it is never stuck.
 
+A step may be planned while the one before is computed: who is sampled there decodes here, with a pending token, unless
+that token is its last.
+
 Short prompts need not wait for one that takes several steps: beside it, up to half of what decodes leave is kept for
 prompts that fit into it whole. Example, budget 100, a prompt of 4,000 tokens running, prompts of 200 and 30
 waiting: the step computes 70 tokens of the first and all 30 of the last.
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.block_manager import BlockManager
 from engine.sequence import Sequence, Status
@@ -27,11 +30,16 @@ class Chunk:
     sequence: Sequence
     start: int
     num_tokens: int
+    samples: bool = field(init=False)
+    """Whether it ends with the sequence's last token, so that the next one can be sampled."""
+    has_pending: bool = field(init=False)
+    """Whether that last token is still to be sampled by the step before."""
 
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk ends with the last known token, so that the next one can be sampled."""
-        return self.start + self.num_tokens == self.sequence.num_tokens
+    def __post_init__(self) -> None:
+        """What the sequence says now: it goes on while the step is computed."""
+        samples = self.start + self.num_tokens == self.sequence.num_tokens
+        object.__setattr__(self, "samples", samples)
+        object.__setattr__(self, "has_pending", samples and self.sequence.num_pending > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, at any moment between steps, and free its blocks."""
         (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
+        self.blocks.publish(sequence, sequence.num_computed)  # its last full block may have ended with a pending token
         self.blocks.free(sequence)
         sequence.status = Status.FINISHED
 

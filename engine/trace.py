@@ -2,59 +2,88 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from engine.batch import Batch
+import torch
+from torch import Tensor
+
 from engine.routing.record import RoutingRecord
 from engine.scheduler import Chunk, StepPlan
+from engine.transfers import to_device, to_host
 from engine.types import TokenRouting
 
 
-def trace(plan: StepPlan, record: RoutingRecord, batch: Batch) -> dict[int, list[TokenRouting]]:
-    """For each chunk whose request traces: the routing of its tokens that are reported, in order.
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """The routing of tokens that requests trace, in host memory once it has arrived (engine/transfers.py)."""
+
+    counts: dict[int, int]
+    """Tokens of each chunk that traces, by its index, in order; R in all."""
+    expert_ids: Tensor  # [R, L, K] int32
+    weights: Tensor  # [R, L, K] float32
+    entropy: Tensor  # [R, L] float32
+
+    def read(self) -> dict[int, list[TokenRouting]]:
+        """By the chunk's index."""
+        columns = (self.expert_ids.tolist(), self.weights.tolist(), self.entropy.tolist())
+        tokens = [_token_routing(*column) for column in zip(*columns, strict=True)]
+        traces: dict[int, list[TokenRouting]] = {}
+        for index, count in self.counts.items():
+            traces[index], tokens = tokens[:count], tokens[count:]
+        return traces
+
+
+@dataclass(frozen=True, slots=True)
+class Visits:
+    """How many experts computed for each token of a step, over all layers; as `Traces` in host memory."""
+
+    plan: StepPlan
+    by_token: Tensor  # [T] int64
+
+    def read(self) -> dict[int, int]:
+        """For each chunk of a steered request, by its index."""
+        parts = torch.split(self.by_token, [chunk.num_tokens for chunk in self.plan.chunks])
+        return {
+            index: int(part.sum())
+            for index, (chunk, part) in enumerate(zip(self.plan.chunks, parts, strict=True))
+            if chunk.sequence.request.steering is not None
+        }
+
+
+def trace(plan: StepPlan, record: RoutingRecord, max_top_k: int) -> Traces | None:
+    """The routing that requests trace of a step, which is in `record`: `max_top_k` places a token.
 
     With the prompt traced those are all tokens of a prompt chunk; otherwise only the last, and only when it samples.
     """
-    wanted: list[tuple[int, range]] = []
+    counts: dict[int, int] = {}
+    rows: list[int] = []
     first = 0
     for index, chunk in enumerate(plan.chunks):
-        rows = _reported_rows(chunk, first)
-        if rows:
-            wanted.append((index, rows))
+        reported = _reported_rows(chunk, first)
+        if reported:
+            counts[index] = len(reported)
+            rows += reported
         first += chunk.num_tokens
-    if not wanted:
-        return {}
-    select = torch.tensor([row for _, rows in wanted for row in rows], device=batch.input_ids.device)
-    expert_ids, weights, entropy = record.rows(select, batch.routing.max_top_k)
-    tokens = [
-        _token_routing(ids, values, entropies)
-        for ids, values, entropies in zip(expert_ids.tolist(), weights.tolist(), entropy.tolist(), strict=True)
-    ]
-    traces: dict[int, list[TokenRouting]] = {}
-    for index, rows in wanted:
-        traces[index], tokens = tokens[: len(rows)], tokens[len(rows) :]
-    return traces
+    if not rows:
+        return None
+    found = record.rows(to_device(rows, torch.int64, record.logits.device), max_top_k)
+    return Traces(counts, *(to_host(tensor) for tensor in found))
 
 
-def expert_visits(plan: StepPlan, record: RoutingRecord, batch: Batch) -> dict[int, int]:
-    """For each chunk of a steered request: experts that computed, over its tokens and all layers."""
+def expert_visits(plan: StepPlan, record: RoutingRecord, max_top_k: int) -> Visits | None:
+    """Of a step with steered requests, which is in `record`."""
     if all(chunk.sequence.request.steering is None for chunk in plan.chunks):
-        return {}
-    visits = record.visits(batch.num_tokens, batch.routing.max_top_k).cpu()
-    parts = torch.split(visits, batch.query_lens)
-    return {
-        index: int(part.sum())
-        for index, (chunk, part) in enumerate(zip(plan.chunks, parts, strict=True))
-        if chunk.sequence.request.steering is not None
-    }
+        return None
+    return Visits(plan, to_host(record.visits(plan.num_tokens, max_top_k)))
 
 
-def _reported_rows(chunk: Chunk, first: int) -> range:
+def _reported_rows(chunk: Chunk, first: int) -> Sequence[int]:
     request, end = chunk.sequence.request, first + chunk.num_tokens
     # With the first token the prompt's trace is sent, and a preemption after that needs no second one.
     if request.trace_prompt_routing and chunk.sequence.num_output == 0:
         return range(first, end)
-    return range(end - 1, end) if request.trace_routing and chunk.samples else range(0)
+    return range(end - 1, end) if request.trace_routing and chunk.samples else ()
 
 
 def _token_routing(expert_ids: list[list[int]], weights: list[list[float]], entropy: list[float]) -> TokenRouting:

@@ -257,8 +257,15 @@ class MemoryUse:
     """By kind: embedding, attention, norm, router, expert, lm_head."""
     kv_cache: int = 0
     activations: int = 0
+    """Of the largest step."""
+    graphs: int = 0
+    """Pool of the CUDA graphs."""
     total: int = 0
     """Size of the device's memory."""
+    predicted: dict[str, int] = field(default_factory=dict)
+    """By the names of `measured`: what `mixserve plan` says."""
+    measured: dict[str, int] = field(default_factory=dict)
+    """weights, activations, CUDA graphs, CUDA itself and KV cache, as far as the device tells."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

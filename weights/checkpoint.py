@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +13,10 @@ from torch import Tensor
 from weights.config import ModelConfig, load_config
 from weights.errors import CheckpointError
 from weights.files import find_file, has_file, read_json_object
+from weights.fp8 import all_experts_fp8
 from weights.header import HeaderEntry, read_header
+from weights.read_ahead import Extent, read_ahead
+from weights.staging import HostStaging, Ring, Staging
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -46,10 +46,13 @@ class Checkpoint(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor, in the order in which `read` gives them, known without reading any."""
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor once, on the CPU. A tensor is read-only and is gone when the next one is asked for: copy it.
+    def read(
+        self, names: Collection[str] | None = None, *, staging: Staging | None = None
+    ) -> Generator[tuple[str, Tensor], None, None]:
+        """The tensors in `names` (None: all), each once, on the CPU. Copy a tensor: when the next one is asked for, its
+        memory is used again, from when the event that `staging` then records has fired (None: at once).
 
-        Raises CheckpointError when a file turns out to be unreadable.
+        Raises CheckpointError when a file turns out to be unreadable. Close what is not read to its end.
         """
 
 
@@ -68,8 +71,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 class SafetensorsCheckpoint:
     """A folder with config.json and safetensors: one file, shards with an index, or shards without one.
 
-    `read` maps one shard at a time and returns the pages of each tensor as soon as the next one is asked for, so that
-    the memory it takes is about one tensor's.
+    `read` runs ahead as far as `staging` allows, but by no more than the largest shard, and at least by the largest
+    tensor: that is the memory it takes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,6 +89,7 @@ class SafetensorsCheckpoint:
                 self._tensors[name] = TensorInfo(entry.shape, entry.dtype, entry.end - entry.start)
         if has_file(folder, INDEX_NAME):
             _check_index(folder, {name: path.name for name, path in home.items()})
+        self._config = replace(self._config, fp8_experts=all_experts_fp8(self._config, self._tensors))
 
     @property
     def path(self) -> Path:
@@ -99,9 +103,23 @@ class SafetensorsCheckpoint:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        for path, entries in self._shards.items():
-            yield from _read_shard(path, entries)
+    def read(
+        self, names: Collection[str] | None = None, *, staging: Staging | None = None
+    ) -> Generator[tuple[str, Tensor], None, None]:
+        extents = [
+            Extent(name, path, entry)
+            for path, entries in self._shards.items()
+            for name, entry in entries.items()
+            if names is None or name in names
+        ]
+        staging = staging or HostStaging()
+        largest = max((extent.nbytes for extent in extents), default=0)
+        ahead = min(staging.ahead_bytes, max(_data_bytes(entries) for entries in self._shards.values()))
+        yield from read_ahead(extents, Ring(staging, max(largest, ahead)))
+
+
+def _data_bytes(entries: Mapping[str, HeaderEntry]) -> int:
+    return sum(entry.end - entry.start for entry in entries.values())
 
 
 def _shard_paths(folder: Path) -> list[Path]:
@@ -142,36 +160,3 @@ def _check_index(folder: Path, home: Mapping[str, str]) -> None:
         raise CheckpointError(
             f"{folder / INDEX_NAME}: {len(wrong)} tensors are not in the file it names, first {wrong[0][:200]!r}"
         )
-
-
-def _read_shard(path: Path, entries: Mapping[str, HeaderEntry]) -> Iterator[tuple[str, Tensor]]:
-    size = max((entry.end for entry in entries.values()), default=0)
-    try:
-        with path.open("rb") as file:
-            view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-            view.madvise(mmap.MADV_SEQUENTIAL)
-            for name, entry in entries.items():
-                if os.fstat(file.fileno()).st_size < size:  # touching pages past the end would kill the process
-                    raise CheckpointError(f"{path}: was cut short while it was read")
-                yield name, _tensor(view, entry)
-                _release(view, entry)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def _tensor(view: mmap.mmap, entry: HeaderEntry) -> Tensor:
-    """The entry's values, in place; copied only when they lie at an address that their dtype cannot be read from."""
-    if entry.start == entry.end:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    aligned = entry.start % entry.dtype.itemsize == 0
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        raw = torch.frombuffer(view, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start)
-    return (raw if aligned else raw.clone()).view(entry.dtype).view(entry.shape)
-
-
-def _release(view: mmap.mmap, entry: HeaderEntry) -> None:
-    """Hands the entry's pages back to the system: they can be read again from the file."""
-    start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
-    if entry.end > entry.start:
-        view.madvise(mmap.MADV_DONTNEED, start, entry.end - start)

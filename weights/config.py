@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weights.errors import CheckpointError, ConfigError
+from weights.errors import CheckpointError, ConfigError, show
 from weights.files import find_file, has_file, read_json_object
+from weights.fp8_config import has_fp8
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -46,6 +47,10 @@ class ModelConfig:
     norm_topk_prob: bool = True
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    fp8: bool = False
+    """Whether linear weights may be float8 e4m3 with scales (weights/fp8.py)."""
+    fp8_experts: bool = False
+    """Whether all weights of the experts are: taken for granted until a checkpoint's headers are read."""
 
     def is_sparse(self, layer: int) -> bool:
         """Whether `layer` routes to experts. Every Mixtral layer does."""
@@ -111,7 +116,7 @@ def parse_config(mapping: Mapping[str, Any], generation: Mapping[str, Any] | Non
     model_type = mapping.get("model_type")
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         known = ", ".join(sorted(_ARCHITECTURES))
-        raise ConfigError(f"model_type {_show(model_type)} is not supported; known: {known}")
+        raise ConfigError(f"model_type {show(model_type)} is not supported; known: {known}")
     defaults = _DEFAULTS[model_type]
     _refuse_unsupported(mapping)
 
@@ -139,6 +144,7 @@ def parse_config(mapping: Mapping[str, Any], generation: Mapping[str, Any] | Non
     vocab_size = fields.size("vocab_size")
     bos = _token_ids(mapping, "bos_token_id", vocab_size)
     eos = _token_ids(mapping, "eos_token_id", vocab_size) + _token_ids(generation or {}, "eos_token_id", vocab_size)
+    fp8 = has_fp8(mapping)
     return ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -160,11 +166,17 @@ def parse_config(mapping: Mapping[str, Any], generation: Mapping[str, Any] | Non
         capacity_factor=_capacity_factor(mapping),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=tuple(dict.fromkeys(eos)),
+        fp8=fp8,
+        fp8_experts=fp8,
     )
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of `config`: `parse_config(hf_config(c)) == c`, and transformers reads it (versions 4 and 5)."""
+    """The config.json of `config`: `parse_config(hf_config(c)) == c`, and transformers reads it (versions 4 and 5).
+
+    Not for weights of float8, which this project reads but does not write.
+    """
+    assert not config.fp8
     eos = config.eos_token_ids
     result: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[config.model_type]],
@@ -207,7 +219,7 @@ class _Fields:
             raise ConfigError(f"{name} is missing")
         value, largest = self._mapping[name], _LARGEST[name]
         if not _is_int(value) or not 1 <= value <= largest:
-            raise ConfigError(f"{name} must be an integer from 1 to {largest}, not {_show(value)}")
+            raise ConfigError(f"{name} must be an integer from 1 to {largest}, not {show(value)}")
         return int(value)
 
     def optional_size(self, name: str, defaults: Mapping[str, Any]) -> int | None:
@@ -222,7 +234,7 @@ class _Fields:
     def flag(self, name: str) -> bool:
         value = self._mapping.get(name, False)
         if not isinstance(value, bool):
-            raise ConfigError(f"{name} must be true or false, not {_show(value)}")
+            raise ConfigError(f"{name} must be true or false, not {show(value)}")
         return value
 
 
@@ -233,13 +245,12 @@ def _refuse_unsupported(mapping: Mapping[str, Any]) -> None:
         "attention_bias": False,
         "mlp_bias": False,
         "partial_rotary_factor": 1.0,
-        "quantization_config": None,
         "layer_types": None,
     }
     for name, only in supported.items():
         value = mapping.get(name)
         if value is not None and value != only:
-            raise ConfigError(f"{name} {_show(value)} is not supported; only {_show(only)} is")
+            raise ConfigError(f"{name} {show(value)} is not supported; only {show(only)} is")
 
 
 def _rope_theta(mapping: Mapping[str, Any], default: float) -> float:
@@ -250,10 +261,10 @@ def _rope_theta(mapping: Mapping[str, Any], default: float) -> float:
         if rope is None:
             continue
         if not isinstance(rope, Mapping):
-            raise ConfigError(f"{name} must be an object or null, not {_show(rope)}")
+            raise ConfigError(f"{name} must be an object or null, not {show(rope)}")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or not rope.keys() <= {"rope_type", "type", "rope_theta"}:
-            raise ConfigError(f"{name} {_show(dict(rope))} is not supported; only rope_type 'default' is")
+            raise ConfigError(f"{name} {show(dict(rope))} is not supported; only rope_type 'default' is")
         if "rope_theta" in rope:
             found[f"{name}.rope_theta"] = rope["rope_theta"]
     values = {_positive(name, value) for name, value in found.items()}
@@ -266,7 +277,7 @@ def _dtype(mapping: Mapping[str, Any]) -> str:
     given = {name: mapping[name] for name in ("dtype", "torch_dtype") if mapping.get(name) is not None}
     for name, value in given.items():
         if value not in _DTYPES:
-            raise ConfigError(f"{name} must be one of {', '.join(_DTYPES)}, not {_show(value)}")
+            raise ConfigError(f"{name} must be one of {', '.join(_DTYPES)}, not {show(value)}")
     if len(set(given.values())) > 1:
         raise ConfigError(f"dtype {given['dtype']} and torch_dtype {given['torch_dtype']} differ")
     return str(next(iter(given.values()), "bfloat16"))
@@ -277,7 +288,7 @@ def _router_type(mapping: Mapping[str, Any]) -> str:
     if value is None:
         return ROUTER_TYPES[0]
     if not isinstance(value, str) or value not in ROUTER_TYPES:
-        raise ConfigError(f"router_type {_show(value)} is not supported; known: {', '.join(ROUTER_TYPES)}")
+        raise ConfigError(f"router_type {show(value)} is not supported; known: {', '.join(ROUTER_TYPES)}")
     return value
 
 
@@ -294,26 +305,18 @@ def _token_ids(mapping: Mapping[str, Any], name: str, vocab_size: int) -> tuple[
     ids = value if isinstance(value, list) else [value]
     for token_id in ids:
         if not _is_int(token_id) or not 0 <= token_id < vocab_size:
-            raise ConfigError(f"{name} must be below vocab_size {vocab_size} and not negative, not {_show(token_id)}")
+            raise ConfigError(f"{name} must be below vocab_size {vocab_size} and not negative, not {show(token_id)}")
     return tuple(ids)
 
 
 def _positive(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a positive number, not {_show(value)}")
+        raise ConfigError(f"{name} must be a positive number, not {show(value)}")
     try:
         return float(value)
     except OverflowError:
-        raise ConfigError(f"{name} must be a positive number, not {_show(value)}") from None
+        raise ConfigError(f"{name} must be a positive number, not {show(value)}") from None
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _show(value: object) -> str:
-    """`value` for a one-line message, cut short."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 100:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from weights.checkpoint import TensorInfo
 from weights.config import ModelConfig, parse_config
 from weights.errors import CheckpointError, ConfigError
 from weights.gguf_metadata import metadata, open_gguf
+from weights.staging import Staging
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -85,10 +86,16 @@ class GgufCheckpoint:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self, names: Collection[str] | None = None, *, staging: Staging | None = None
+    ) -> Generator[tuple[str, Tensor], None, None]:
+        """Every tensor has memory of its own."""
         from gguf.quants import dequantize
 
+        del staging  # what dequantising returns is pageable, so that a copy has left it when it returns
         for name, source in self._sources.items():
+            if names is not None and name not in names:
+                continue
             kind = source.quantization
             try:
                 values = dequantize(source.data, kind)

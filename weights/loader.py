@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,20 +12,24 @@ import torch
 from torch import Tensor
 
 from weights.checkpoint import Checkpoint, TensorInfo
-from weights.errors import CheckpointError
+from weights.errors import refuse
 from weights.families import family_of
+from weights.fp8 import is_unread_scale, read_scales, scale_names, scale_shapes
 from weights.params import Piece
+from weights.staging import staging_for
 
+CPU = torch.device("cpu")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightSink(Protocol):
     """Where weights go: a backend's store, or a writer."""
 
-    def prepare(self, piece: Piece, tensor: Tensor) -> None:
-        """Takes one piece. `tensor` has the piece's shape and any of float32, float16, bfloat16.
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        """Takes one piece. `tensor` has the piece's shape and any of float32, float16, bfloat16; with a `scale`,
+        float32 [rows, 1], it is float8_e4m3fn and stands for tensor * scale.
 
-        It may lie in a mapped file: copy what you keep, and do not write to it.
+        Its memory is used again when this returns: copy what you keep, on the current stream where it goes to a device.
         """
 
 
@@ -36,20 +41,28 @@ class LoadReport:
     seconds: float
 
 
-def load(checkpoint: Checkpoint, sink: WeightSink, *, progress: bool = False) -> LoadReport:
-    """Streams every piece of the checkpoint's family to `sink`, one tensor at a time, in file order.
+def load(checkpoint: Checkpoint, sink: WeightSink, *, device: torch.device = CPU, progress: bool = False) -> LoadReport:
+    """Streams every piece of the checkpoint's family to `sink`, one tensor at a time, while the next ones are read.
 
-    `progress` draws a bar with bytes and rate on stderr. Raises CheckpointError, before anything is read, when a tensor
-    is missing, left over, or of another shape or dtype than the family needs.
+    `device` is where the sink puts them: for a CUDA device, tensors come in pinned memory, from which copies on its
+    current stream need not be waited for. `progress` draws a bar with bytes and rate on stderr. Raises CheckpointError,
+    before anything is read, when a tensor is missing, left over, or of another shape or dtype than the family needs;
+    before any weight is read, when a scale is not positive and finite; and later, when a file cannot be read. What the
+    sink raises ends the load, too.
     """
     pieces = match(checkpoint)
-    total = sum(checkpoint.tensors[name].nbytes for name in pieces)
+    names = scale_names(checkpoint.config, pieces, checkpoint.tensors)
+    total = sum(checkpoint.tensors[name].nbytes for name in (*pieces, *names.values()))
     start = time.perf_counter()
-    with _ProgressBar(total, shown=progress) as bar:
-        for name, tensor in checkpoint.read():
-            if name in pieces:
-                sink.prepare(pieces[name], tensor)
-                bar.advance(checkpoint.tensors[name].nbytes)
+    scales = read_scales(checkpoint, names, pieces)
+    with (
+        _ProgressBar(total, shown=progress) as bar,
+        closing(checkpoint.read(pieces, staging=staging_for(device))) as tensors,
+    ):
+        bar.advance(sum(checkpoint.tensors[name].nbytes for name in names.values()))
+        for name, tensor in tensors:
+            sink.prepare(pieces[name], tensor, scales.get(name))
+            bar.advance(tensor.nbytes)
     return LoadReport(total, time.perf_counter() - start)
 
 
@@ -58,30 +71,37 @@ def match(checkpoint: Checkpoint) -> dict[str, Piece]:
     config, tensors = checkpoint.config, checkpoint.tensors
     family = family_of(config)
     pieces = {piece.source: piece for piece in family.pieces(config)}
-    _refuse("missing", (name for name in pieces if name not in tensors))
+    refuse("missing", (name for name in pieces if name not in tensors))
     pieces |= {piece.source: piece for piece in family.optional(config) if piece.source in tensors}
-    _refuse("left over", (name for name in tensors if name not in pieces and not family.is_extra(config, name)))
-    _refuse("of the wrong shape", _wrong_shapes(pieces, tensors))
-    _refuse(
-        "of the wrong dtype (float32, float16 and bfloat16 are read)",
-        (f"{name} ({tensors[name].dtype})" for name in pieces if tensors[name].dtype not in FLOAT_DTYPES),
+    scales = scale_names(config, pieces, tensors)
+    refuse("missing", (scale for scale in scales.values() if scale not in tensors))
+    floats = [name for name in pieces if name not in scales] + list(scales.values())
+    refuse(
+        "of the wrong dtype (float32, float16 and bfloat16 are read; float8_e4m3fn where quantization_config has it)",
+        (f"{name} ({tensors[name].dtype})" for name in floats if tensors[name].dtype not in FLOAT_DTYPES),
     )
+    known = {*pieces, *scales.values()}
+    refuse(
+        "left over",
+        (
+            name
+            for name in tensors
+            if name not in known and not family.is_extra(config, name) and not is_unread_scale(config, pieces, name)
+        ),
+    )
+    refuse("of the wrong shape", _wrong_shapes(pieces, scales, tensors))
     return pieces
 
 
-def _wrong_shapes(pieces: Mapping[str, Piece], tensors: Mapping[str, TensorInfo]) -> Iterable[str]:
-    for name, piece in pieces.items():
-        if tensors[name].shape != piece.shape:
-            yield f"{name} (has {list(tensors[name].shape)}, needs {list(piece.shape)})"
-
-
-def _refuse(problem: str, found: Iterable[str]) -> None:
-    """One line that counts what was found and names the first few."""
-    names = list(found)
-    if names:
-        more = ", …" if len(names) > 3 else ""
-        noun = "tensor" if len(names) == 1 else "tensors"
-        raise CheckpointError(f"{len(names)} {noun} {problem}: {', '.join(name[:200] for name in names[:3])}{more}")
+def _wrong_shapes(
+    pieces: Mapping[str, Piece], scales: Mapping[str, str], tensors: Mapping[str, TensorInfo]
+) -> Iterable[str]:
+    allowed: dict[str, tuple[tuple[int, ...], ...]] = {name: (piece.shape,) for name, piece in pieces.items()}
+    allowed |= {scale: scale_shapes(pieces[name].shape[0]) for name, scale in scales.items()}
+    for name, shapes in allowed.items():
+        if tensors[name].shape not in shapes:
+            needed = " or ".join(str(list(shape)) for shape in shapes)
+            yield f"{name} (has {list(tensors[name].shape)}, needs {needed})"
 
 
 class _ProgressBar:

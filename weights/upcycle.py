@@ -21,6 +21,7 @@ from weights.checkpoint import Checkpoint, TensorInfo
 from weights.config import ModelConfig, hf_config
 from weights.errors import CheckpointError
 from weights.files import find_file, has_file, new_folder
+from weights.fp8 import dequantize
 from weights.gguf_tokenizer import write_tokenizer
 from weights.loader import load, match
 from weights.params import Piece
@@ -95,6 +96,8 @@ def write_mixtral(
         num_experts=num_experts,
         num_experts_per_tok=min(2, num_experts),
         dtype=str(dtype).removeprefix("torch."),
+        fp8=False,
+        fp8_experts=False,
     )
     gates = {f"model.layers.{i}.block_sparse_moe.gate.weight": router for i, router in enumerate(routers)}
     planned = [(name, tuple(gate.shape)) for name, gate in gates.items()]
@@ -125,15 +128,15 @@ class _ExpertWriter:
         self._seed = seed
         self._dtype = dtype
 
-    def prepare(self, piece: Piece, tensor: Tensor) -> None:
-        values = tensor.float()
-        scale = self._noise * values.std() if piece.expert is not None and self._noise else None
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        values = tensor.float() if scale is None else dequantize(tensor, scale)
+        deviation = self._noise * values.std() if piece.expert is not None and self._noise else None
         for target in _targets(piece.source, self._num_experts):
-            if scale is None:
+            if deviation is None:
                 self._writer.add(target, values.to(self._dtype))
             else:
                 noise = torch.randn(values.shape, generator=named_generator(self._seed, target))
-                self._writer.add(target, (values + scale * noise).to(self._dtype))
+                self._writer.add(target, (values + deviation * noise).to(self._dtype))
 
 
 def _targets(name: str, num_experts: int) -> list[str]:

@@ -82,17 +82,29 @@ class Backend(Protocol):
     name: str
     device: torch.device
     dtype: torch.dtype
+    has_fp8_kv_cache: bool
+    """Whether `new_kv_cache` takes float8_e4m3fn, on this device."""
 
-    def prepare(self, piece: Piece, tensor: Tensor) -> None:
-        """Take one checkpoint tensor, on any device, into the backend's own form. The tensor is not kept."""
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        """Take one checkpoint tensor, on any device, into the backend's own form. The tensor is not kept.
+
+        With a `scale`, float32 [rows, 1], it is float8_e4m3fn and stands for tensor * scale.
+        """
         ...
 
     def has(self, param: str) -> bool:
         """Whether any piece of the parameter was prepared."""
         ...
 
-    def new_kv_cache(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape) -> KVCache:
-        """A cache whose contents are finite."""
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the tensors that were made of what was prepared."""
+        ...
+
+    def new_kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """A cache whose contents are finite, of the backend's dtype, or of `dtype`, float8_e4m3fn, if it has that."""
         ...
 
     def embed(self, param: str, input_ids: Tensor) -> Tensor:

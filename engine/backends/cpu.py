@@ -23,6 +23,7 @@ from engine.routing.base import Routing, RoutingInputs
 from engine.routing.record import RoutingRecord
 from weights.config import ModelConfig
 from weights.families.mixtral import param_specs
+from weights.fp8 import dequantize
 from weights.params import ParamKind, Piece
 
 _LANES = 16
@@ -68,6 +69,7 @@ class CpuBackend:
     """See `BlockBackend`."""
 
     name = "cpu"
+    has_fp8_kv_cache = False
 
     def __init__(
         self, config: ModelConfig, *, dtype: torch.dtype, weight_type: WeightType, instruction_set: InstructionSet
@@ -104,7 +106,9 @@ class CpuBackend:
     def __del__(self) -> None:
         self._library.free_workspace(self._workspace)
 
-    def prepare(self, piece: Piece, tensor: Tensor) -> None:
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        if scale is not None:
+            tensor = dequantize(tensor, scale)
         if self._specs[piece.param].kind in (ParamKind.NORM, ParamKind.ROUTER):
             self._plain.put(piece, tensor)
             return
@@ -125,7 +129,8 @@ class CpuBackend:
             self._pack(param, rows, first_row=piece.row, first_block=first_block)
 
     def _pack(self, param: PackedParam, rows: Tensor, *, first_row: int, first_block: int = 0, stride: int = 1) -> None:
-        """Row r goes to block first_block + (first_row + r) // 16 * stride."""
+        """Row r goes to block first_block + (first_row + r) // 16 * stride. The lanes after the last row become 0."""
+        assert first_row % _LANES == 0
         self._library.pack(
             rows.data_ptr(),
             rows.dtype == torch.bfloat16,
@@ -142,10 +147,19 @@ class CpuBackend:
     def has(self, param: str) -> bool:
         return param in self._plain or param in self._packed
 
-    def new_kv_cache(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape) -> KVCache:
+    def new_kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        assert dtype is None, "it has no other"
         # A head that is no multiple of 16, as no real model has, takes more than was planned.
         padded = replace(shape, head_dim=self._head_stride)
         return KVCache.zeros(num_layers, num_blocks, block_size, padded, dtype=self.dtype, device=self.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        packed = self._packed.values()
+        tensors = [tensor for param in packed for tensor in (param.data, param.scales) if tensor is not None]
+        return self._plain.num_bytes + sum(tensor.nbytes for tensor in tensors)
 
     def embed(self, param: str, input_ids: Tensor) -> Tensor:
         packed = self._packed[param]

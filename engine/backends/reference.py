@@ -21,20 +21,28 @@ class ReferenceBackend:
     """See `Backend`. Weights and results have the model's dtype; what happens in between is float32."""
 
     name = "reference"
+    has_fp8_kv_cache = False
 
     def __init__(self, specs: Iterable[ParamSpec], *, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
         self._params = ParamStore(specs, device=device, dtype=dtype)
 
-    def prepare(self, piece: Piece, tensor: Tensor) -> None:
-        self._params.put(piece, tensor)
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        self._params.put(piece, tensor, scale)
 
     def has(self, param: str) -> bool:
         return param in self._params
 
-    def new_kv_cache(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape) -> KVCache:
+    def new_kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        assert dtype is None, "it has no other"
         return KVCache.zeros(num_layers, num_blocks, block_size, shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._params.num_bytes
 
     def embed(self, param: str, input_ids: Tensor) -> Tensor:
         return self._params[param][input_ids]

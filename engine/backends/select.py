@@ -13,6 +13,7 @@ from engine.backends.reference import ReferenceBackend
 from engine.backends.torch import TorchBackend
 from engine.errors import ConfigurationError
 from engine.kernels.cpu.library import InstructionSet, WeightType, best
+from engine.plan import held_quantization
 from weights.config import ModelConfig
 from weights.families.mixtral import param_specs
 
@@ -25,13 +26,13 @@ def make_backend(
     name: str, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, quantization: str | None = None
 ) -> LayerBackend | BlockBackend:
     """The backend called `name`. auto: the CPU's own kernels where they can serve the model, else torch's operations.
-    cuda, Triton's kernels, has to be asked for by name.
+    cuda, Triton's kernels, has to be asked for by name. A checkpoint of float8 is dequantised by all but cuda.
 
     Raises ConfigurationError when it cannot serve the model.
     """
     assert name in BACKENDS
     if name == "cuda":
-        return _cuda_backend(config, device, dtype, quantization)
+        return _cuda_backend(config, device, dtype, held_quantization(name, config, quantization))
     if quantization == "fp8":
         raise ConfigurationError("only backend cuda has fp8 weights")
     if name in ("auto", "cpu"):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from weights.fp8 import dequantize
 from weights.params import ParamSpec, Piece
 
 
@@ -19,14 +20,26 @@ class ParamStore:
         self._device = device
         self._dtype = dtype
 
-    def put(self, piece: Piece, tensor: Tensor) -> None:
-        """Copy `tensor` to the rows it fills. Shapes were checked against the specs before the load began."""
+    def put(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        """Copy `tensor`, or tensor * scale, to the rows it fills. Shapes were checked before the load began.
+
+        From pinned memory to a CUDA device the copy may still be under way when this returns.
+        """
         if piece.param not in self._params:
             shape = self._specs[piece.param].shape
             self._params[piece.param] = torch.empty(shape, dtype=self._dtype, device=self._device)
         whole = self._params[piece.param]
         target = whole if piece.expert is None else whole[piece.expert]
-        target[piece.row : piece.row + piece.shape[0]].copy_(tensor)
+        if scale is not None:
+            tensor = dequantize(tensor, scale, self._device)
+        elif tensor.dtype != self._dtype:
+            tensor = tensor.to(self._device, non_blocking=True)  # torch would convert on the CPU, and then copy
+        target[piece.row : piece.row + piece.shape[0]].copy_(tensor, non_blocking=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parameters that any piece of came."""
+        return sum(tensor.nbytes for tensor in self._params.values())
 
     def __getitem__(self, param: str) -> Tensor:
         return self._params[param]

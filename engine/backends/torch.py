@@ -24,6 +24,7 @@ class TorchBackend:
     """See `Backend`. Attention gathers the pages it needs and calls scaled_dot_product_attention."""
 
     name = "torch"
+    has_fp8_kv_cache = False
 
     def __init__(self, specs: Iterable[ParamSpec], *, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
@@ -33,14 +34,21 @@ class TorchBackend:
             device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
         )
 
-    def prepare(self, piece: Piece, tensor: Tensor) -> None:
-        self._params.put(piece, tensor)
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        self._params.put(piece, tensor, scale)
 
     def has(self, param: str) -> bool:
         return param in self._params
 
-    def new_kv_cache(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape) -> KVCache:
+    def new_kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        assert dtype is None, "it has no other"
         return KVCache.zeros(num_layers, num_blocks, block_size, shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._params.num_bytes
 
     def embed(self, param: str, input_ids: Tensor) -> Tensor:
         return F.embedding(input_ids, self._params[param])

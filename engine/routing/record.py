@@ -141,12 +141,12 @@ class RoutingRecord:
         )
 
     def rows(self, rows: Tensor, max_top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The routing of some rows of this step, for a trace: expert ids and weights [R, L, K] and entropy [R, L], on
-        the CPU."""
+        """The routing of some rows [R] int64 of this step, for a trace: expert ids and weights [R, L, K] and entropy
+        [R, L]."""
         expert_ids = self.expert_ids[:, rows, :max_top_k].transpose(0, 1)
         weights = self.weights[:, rows, :max_top_k].transpose(0, 1)
         entropy = torch.special.entr(_probability(self.logits[:, rows])).sum(-1).T
-        return expert_ids.cpu(), weights.cpu(), entropy.cpu()
+        return expert_ids, weights, entropy
 
     def visits(self, num_rows: int, max_top_k: int) -> Tensor:
         """How many experts computed for each row, over all layers: [num_rows] int64."""

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from engine.backends.torch import TorchBackend
 from tests.bench import card
+from tests.bench.card import main as card_main
 from tests.bench.card import report, smoke
 from tests.bench.card.main import main
 from tests.bench.card.models import as_deep_as_fits
-from tests.bench.card.report import Report
+from tests.bench.card.report import Part, Report, Setting
 
 ABSENT = [
     "fastapi",
@@ -65,7 +66,8 @@ def test_every_part_runs_from_a_checkout(tmp_path: Path) -> None:
     found = run_alone(tmp_path / "out", absent=[*ABSENT, "triton"])
     assert found["machine"]["device"] == "cpu"
     parts = found["parts"]
-    assert list(parts) == ["smoke", "kernels", "decode"]
+    assert list(parts) == ["smoke", "kernels", "decode", "shapes", "serve", "peer"]
+    assert all(part["complete"] for part in parts.values())
     (greedy,) = parts["smoke"]["greedy"]
     assert greedy["equal"] > 0.8 * greedy["tokens"] > 0
     assert [(row["backend"], row["dtype"]) for row in parts["smoke"]["logits"]] == [
@@ -73,11 +75,13 @@ def test_every_part_runs_from_a_checkout(tmp_path: Path) -> None:
         ("torch", "float32"),
         ("torch", "bfloat16"),
     ]
-    assert "Triton" in parts["kernels"]["left_out"]
-    batches = parts["decode"]["batches"]
-    assert [row["batch_size"] for row in batches] == [1, 3]
-    assert all(row["decode_tokens_per_s"] > 0 and row["prefill_tokens_per_s"] > 0 for row in batches)
-    assert all(2 <= row["distinct_experts"] <= 6 for row in batches)
+    assert parts["kernels"]["left_out"] == ["kernels: Triton is not installed"]
+    assert [row["batch"] for row in parts["decode"]["batches"]] == [1, 3, 1, 3]
+    assert len(parts["shapes"]["shapes"]) == 2
+    (missing,) = parts["serve"]["left_out"]
+    assert missing.startswith("fastapi, httptools,")
+    assert missing.endswith("not installed, and not among --wheels")
+    assert parts["peer"]["left_out"] == ["transformers: not installed, and not among --wheels"]
 
 
 def test_one_part_alone(tmp_path: Path) -> None:
@@ -106,6 +110,56 @@ def test_greedy_tokens_that_differ_fail(tmp_path: Path, monkeypatch: pytest.Monk
     assert "instead of" in read(tmp_path)["parts"]["smoke"]["error"]
 
 
+def test_what_fails_is_recorded_and_the_rest_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--out", str(tmp_path), "--tiny", "--device", "cpu", "--part", "first", "--part", "second"]
+    calls: list[str] = []
+
+    def first(_setting: Setting, part: Part) -> None:
+        calls.append("first")
+        part.row("times", number=len(calls))
+        if len(calls) == 1:
+            raise RuntimeError("no luck")
+
+    def second(_setting: Setting, part: Part) -> None:
+        calls.append("second")
+        part.set(answer=42)
+
+    monkeypatch.setattr(card_main, "PARTS", {"first": first, "second": second})
+    assert main(arguments) == 1
+    assert "no luck" in read(tmp_path)["parts"]["first"]["error"]
+    assert main([*arguments, "--resume"]) == 0
+    assert calls == ["first", "second", "first"], "what is complete is not run again"
+    parts = read(tmp_path)["parts"]
+    assert parts["first"]["times"] == [{"number": 1}, {"number": 3}], "rows are kept"
+    assert parts["second"]["answer"] == 42
+    assert "error" not in parts["first"]
+
+    monkeypatch.setattr(card_main, "ANEW", {"first"})
+    assert main([*arguments[:-4], "--part", "first"]) == 0
+    assert list(read(tmp_path)["parts"]) == ["first"], "without --resume nothing is kept"
+
+
+def test_parts_that_check_begin_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the run before says nothing of what was wrong then."""
+    fails = [True, False]
+
+    def check(_setting: Setting, part: Part) -> None:
+        part.row("checks", kernel="norm")
+        assert not fails.pop(0)
+
+    monkeypatch.setattr(card_main, "PARTS", {"kernels": check})
+    for status in (1, 0):
+        assert main(["--out", str(tmp_path), "--tiny", "--device", "cpu", "--part", "kernels", "--resume"]) == status
+    assert read(tmp_path)["parts"]["kernels"]["checks"] == [{"kernel": "norm"}]
+
+
+def test_another_machine_is_no_run_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "card.json").write_text(json.dumps({"machine": "another", "tiny": True, "parts": {}}))
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--tiny", "--device", "cpu", "--resume"])
+    assert "is of another machine or size" in capsys.readouterr().err
+
+
 def test_depth_is_what_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 10**9, 80 * 10**9))
     gpu = torch.device("cuda")
@@ -129,15 +183,26 @@ def test_every_row_is_written_at_once(tmp_path: Path) -> None:
     part.set(copy=3.0)
     assert read(tmp_path)["parts"]["kernels"] == {"times": [{"us": 1.0}, {"us": 2.0}], "copy": 3.0}
     assert found.failed == []
-    found.part("tune").set(error="Traceback")
-    assert found.failed == ["tune"]
+    found.part("tune").end("Traceback")
+    assert (found.failed, found.incomplete) == (["tune"], ["kernels"])
+    part.end()
+    assert found.incomplete == []
 
 
 def test_a_part_ends_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = Report(tmp_path / "card.json", {}).part("kernels")
-    assert part.has_time("something")
+    assert part.has_time("something", seconds=60)
     monkeypatch.setattr(report, "PART_SECONDS", 0.0)
     assert not part.has_time("more")
     assert not part.has_time("and more")
-    part.set(seconds=part.seconds)
-    assert read(tmp_path)["parts"]["kernels"]["left_out"] == ["more", "and more"]
+    part.end()
+    own = read(tmp_path)["parts"]["kernels"]
+    assert own["left_out"] == ["more: no time", "and more: no time"]
+    assert not own["complete"]
+
+
+def test_a_part_that_leaves_out_what_cannot_be_is_complete(tmp_path: Path) -> None:
+    part = Report(tmp_path / "card.json", {}).part("decode")
+    part.leave_out("batch 256", "too large")
+    part.end()
+    assert read(tmp_path)["parts"]["decode"]["complete"]

@@ -64,6 +64,28 @@ def test_a_kernel_that_computes_something_else_fails(tmp_path: Path, monkeypatch
     assert "experts" not in found
 
 
+def test_rows_that_are_there_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run without time has left out, the next one measures; then there is nothing to do."""
+    arguments = ["--out", str(tmp_path), "--tiny", "--device", "cpu", "--part", "kernels", "--resume"]
+
+    def rows() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / "card.json").read_text())["parts"]["kernels"]
+        return {name: found[name] for name in ("checks", "experts", "attention", "route", "rows") if name in found}
+
+    monkeypatch.setattr(kernels, "attention_times", lambda _: None)
+    monkeypatch.setattr(kernels, "checks", lambda _: None)
+    assert main(arguments) == 0
+    before = rows()
+    assert len(before["experts"]) == 18
+    own = json.loads((tmp_path / "card.json").read_text())
+    own["parts"]["kernels"] |= {"complete": False, "experts": before["experts"][:-2], "route": []}
+    (tmp_path / "card.json").write_text(json.dumps(own))
+    assert main(arguments) == 0
+    after = rows()
+    assert after["experts"][:-2] == before["experts"][:-2], "kept, with their times"
+    assert [len(after[name]) for name in ("experts", "route", "rows")] == [18, 2, 2]
+
+
 def test_tiles_are_measured_and_written(tmp_path: Path) -> None:
     before = table_path().read_text()
     status, found = run(tmp_path, "tune")

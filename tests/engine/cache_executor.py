@@ -9,12 +9,13 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from engine.core import EngineCore
 from engine.executor import OutOfDeviceMemoryError
 from engine.result import Sampled, StepResult
-from engine.scheduler import StepPlan
-from engine.sequence import Sequence
+from engine.scheduler import Chunk, StepPlan
+from engine.sequence import Sequence, Status
 from engine.types import Request, TokenLogprobs
 from tests.engine.infos import engine_info
 
@@ -23,37 +24,48 @@ VOCAB_SIZE = 3
 
 
 class CacheExecutor:
-    """`on_plan` sees every plan before it is computed; `fail_next` makes the next step run out of memory half way."""
+    """`on_plan` sees every plan before it is computed; `fail_next` makes the next step run out of memory half way.
 
-    def __init__(self, block_size: int, *, on_plan: Callable[[StepPlan], None] | None = None) -> None:
+    With `runs_ahead`, the tokens of the step before are known here when a step begins, and to the core when it is
+    sampled.
+    """
+
+    def __init__(
+        self, block_size: int, *, on_plan: Callable[[StepPlan], None] | None = None, runs_ahead: bool = False
+    ) -> None:
         self.block_size = block_size
         self.on_plan = on_plan
+        self.runs_ahead = runs_ahead
         self.fail_next = False
         self.plans: list[StepPlan] = []
         self.num_computed = 0
         self._slots: dict[int, int] = {}
         self._texts: dict[int, list[int]] = {}
+        self._last: dict[int, int] = {}  # the last step's tokens, by the sequence's arrival
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def forward(self, plan: StepPlan) -> CacheStep:
         if self.on_plan is not None:
             self.on_plan(plan)
         self.plans.append(plan)
+        assert self.runs_ahead or not any(chunk.has_pending for chunk in plan.chunks)
         self._write(plan)
         if self.fail_next:
             self.fail_next = False
             raise OutOfDeviceMemoryError("no room")
         self.num_computed += plan.num_tokens
-        sampled: dict[int, Sampled] = {}
+        sampled: dict[int, int] = {}
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         for index, chunk in enumerate(plan.chunks):
             sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
-            self._check_reads(sequence, end)
+            self._check_reads(chunk, end)
             if chunk.samples:
-                sampled[index] = Sampled(next_token(self._slots[self._slot(sequence, end - 1)]), None)
+                sampled[index] = next_token(self._slots[self._slot(sequence, end - 1)])
             if sequence.request.params.prompt_logprobs is not None:
                 scored = range(chunk.start + 1, min(end + 1, sequence.num_prompt))
                 prompt_logprobs[index] = [score(sequence.token_ids[p], p) for p in scored]
-        return StepResult(sampled, prompt_logprobs)
+        self._last = {plan.chunks[index].sequence.arrival: token_id for index, token_id in sampled.items()}
+        known = [len(chunk.sequence.token_ids) + chunk.has_pending for chunk in plan.chunks]
+        return CacheStep(plan, sampled, prompt_logprobs, known)
 
     def peak_memory_bytes(self) -> int:
         return 0
@@ -65,15 +77,15 @@ class CacheExecutor:
         """All slots of the step, before any is read, as a layer does it. A step that fails leaves nonsense."""
         written: set[int] = set()
         for chunk in plan.chunks:
-            text = self._text(chunk.sequence)
+            text = self._text(chunk)
             for position in range(chunk.start, chunk.start + chunk.num_tokens):
                 slot = self._slot(chunk.sequence, position)
                 assert slot not in written, "two tokens of a step have the same slot"
                 written.add(slot)
                 self._slots[slot] = -1 if self.fail_next else text[position]
 
-    def _check_reads(self, sequence: Sequence, end: int) -> None:
-        text = self._text(sequence)
+    def _check_reads(self, chunk: Chunk, end: int) -> None:
+        sequence, text = chunk.sequence, self._text(chunk)
         for position in range(end):
             found = self._slots.get(self._slot(sequence, position))
             assert found == text[position], f"position {position} of {sequence} is not in the cache"
@@ -81,12 +93,36 @@ class CacheExecutor:
     def _slot(self, sequence: Sequence, position: int) -> int:
         return sequence.block_table[position // self.block_size] * self.block_size + position % self.block_size
 
-    def _text(self, sequence: Sequence) -> list[int]:
-        """For each known position of `sequence`, what its slot must hold."""
+    def _text(self, chunk: Chunk) -> list[int]:
+        """For each position of the chunk's sequence, a pending one included, what its slot must hold."""
+        sequence = chunk.sequence
         text = self._texts.setdefault(sequence.arrival, [])
         for token_id in sequence.token_ids[len(text) :]:
             text.append(extend(text[-1] if text else beginning(sequence.request), token_id))
-        return text
+        return text if not chunk.has_pending else [*text, extend(text[-1], self._last[sequence.arrival])]
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    plan: StepPlan
+    sampled: dict[int, int]
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    known: list[int]
+    """Tokens of each chunk's sequence, the pending one included, that must be known when it is sampled."""
+    passed_over: set[int] = field(default_factory=set)
+
+    def sample(self) -> None:
+        for index, (chunk, known) in enumerate(zip(self.plan.chunks, self.known, strict=True)):
+            if chunk.sequence.status is Status.FINISHED:
+                self.passed_over.add(index)
+            else:
+                assert len(chunk.sequence.token_ids) == known
+
+    def result(self) -> StepResult:
+        tokens = {index: Sampled(token_id, None) for index, token_id in self.sampled.items()}
+        return StepResult(
+            {index: tokens[index] for index in tokens if index not in self.passed_over}, self.prompt_logprobs
+        )
 
 
 def beginning(request: Request) -> int:

@@ -66,7 +66,7 @@ class NaivePrefixCache(RuleBasedStateMachine):
             held.keys.append(None)
 
     def publish(self, held: Held, end: int) -> None:
-        for index in range(held.sequence.num_computed // self.BLOCK_SIZE, end // self.BLOCK_SIZE):
+        for index in range(max(0, held.sequence.num_computed - 1) // self.BLOCK_SIZE, end // self.BLOCK_SIZE):
             key = self.key(held.sequence, (index + 1) * self.BLOCK_SIZE)
             if held.keys[index] is None and not self.holders[key] and key not in self.released:
                 held.keys[index] = key

@@ -12,8 +12,7 @@ import torch
 
 import engine.batch as batches
 from engine.core import EngineCore
-from engine.executor import Executor, OutOfDeviceMemoryError
-from engine.result import StepResult
+from engine.executor import Executor, OutOfDeviceMemoryError, Step
 from engine.routing.record import RoutingRecord
 from engine.routing.steering import SteeringTable
 from engine.scheduler import StepPlan
@@ -281,11 +280,15 @@ class FailingExecutor:
     def __init__(self, inner: Executor, step: int) -> None:
         self.inner, self.left = inner, step
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    @property
+    def runs_ahead(self) -> bool:
+        return self.inner.runs_ahead
+
+    def forward(self, plan: StepPlan) -> Step:
         self.left -= 1
         if self.left == 0:
             raise OutOfDeviceMemoryError("no room")
-        return self.inner.execute(plan)
+        return self.inner.forward(plan)
 
     def peak_memory_bytes(self) -> int:
         return 1

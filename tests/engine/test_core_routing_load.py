@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from engine.core import EngineCore
-from engine.executor import LocalExecutor
-from engine.result import StepResult
+from engine.executor import LocalExecutor, Step
 from engine.routing.record import RoutingRecord
 from engine.scheduler import StepPlan
 from engine.types import ExpertVisits, Request, SamplingParams, Steering, TokenEvent
@@ -60,8 +59,12 @@ class CountingExecutor:
     num_chunked: int = 0
     most_ways: int = 0
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        result = self.inner.execute(plan)
+    @property
+    def runs_ahead(self) -> bool:
+        return self.inner.runs_ahead
+
+    def forward(self, plan: StepPlan) -> Step:
+        step = self.inner.forward(plan)
         record = self.inner.runner.record
         assert record is not None
         first = 0
@@ -81,7 +84,7 @@ class CountingExecutor:
                 self.visits[request.request_id] += chunk.num_tokens * count
                 check_rows(record.expert_ids[layer, rows].tolist(), request.steering, layer, count)
         self.most_ways = max(self.most_ways, len({chunk.sequence.request.steering for chunk in plan.chunks}))
-        return result
+        return step
 
     def peak_memory_bytes(self) -> int:
         return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import plan
+from engine import machine
 
 
 def physical_memory() -> int:
@@ -15,7 +15,7 @@ def physical_memory() -> int:
 
 
 def test_device_memory_of_the_cpu_is_this_machines() -> None:
-    assert plan.device_memory("cpu") == plan.host_memory() <= physical_memory()
+    assert machine.device_memory("cpu") == machine.host_memory() <= physical_memory()
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_host_memory_is_what_control_groups_leave(
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    assert plan.host_memory(tmp_path) == (physical_memory() if expected is None else expected)
+    assert machine.host_memory(tmp_path) == (physical_memory() if expected is None else expected)
 
 
 def test_host_memory_without_any_file(tmp_path: Path) -> None:
-    assert plan.host_memory(tmp_path) == physical_memory()
+    assert machine.host_memory(tmp_path) == physical_memory()

@@ -139,7 +139,7 @@ def row(params: SamplingParams, allowed: Sequence[int] | None, **fields: object)
 def drawn(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     masks, failed = fill(masked_rows(rows), vocab_size=logits.shape[-1], device=CPU)
     assert failed == {}
-    return [sampled.token_id for sampled in sample(logits, rows, masks)]
+    return [sampled.token_id for sampled in sample(logits, rows, masks).read()]
 
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -194,17 +194,17 @@ def test_log_probabilities_are_of_the_model() -> None:
     params = SamplingParams(temperature=0.7, logprobs=20)
     rows = [row(params, [3, 4]), row(params, None)]
     masks, _ = fill(masked_rows(rows), vocab_size=20, device=CPU)
-    for index, sampled in enumerate(sample(logits, rows, masks)):
-        (expected,) = logprobs_of(logits[index : index + 1], [sampled.token_id], 20)
+    for index, sampled in enumerate(sample(logits, rows, masks).read()):
+        (expected,) = logprobs_of(logits[index : index + 1], [sampled.token_id], 20).read()
         assert sampled.logprobs == expected
         assert all(value > float("-inf") for _, value in expected.top)
-    assert sample(logits, rows, masks)[0].token_id in (3, 4)
+    assert sample(logits, rows, masks).read()[0].token_id in (3, 4)
 
 
 def test_a_row_without_a_grammar_draws_what_it_draws_alone() -> None:
     logits = random_logits(6, 50)
     params = SamplingParams(temperature=1.0)
     plain = [SamplingRow(params, seed, (0,), (), ()) for seed in range(6)]
-    alone = [sampled.token_id for sampled in sample(logits, plain)]
+    alone = [sampled.token_id for sampled in sample(logits, plain).read()]
     mixed = [SamplingRow(params, seed, (0,), (), (), Fixed([seed]) if seed % 2 else None) for seed in range(6)]
     assert drawn(logits, mixed) == [seed if seed % 2 else alone[seed] for seed in range(6)]

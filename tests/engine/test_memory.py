@@ -16,7 +16,7 @@ from engine import memory
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
 from engine.executor import LocalExecutor, OutOfDeviceMemoryError
-from engine.memory import available_host_memory, kv_cache_bytes, num_kv_blocks, peak_memory_bytes
+from engine.memory import available_host_memory, kv_cache_bytes, meter_of, num_kv_blocks, peak_memory_bytes
 from engine.runner import Runner
 from engine.scheduler import Chunk, StepPlan
 from tests.engine.sequences import make_sequence
@@ -69,10 +69,34 @@ def test_the_amount_that_the_message_names_is_enough(bytes_per_token: int, max_m
     assert named < 1.01 * (max_model_len + 16) * bytes_per_token + (1 << 20)
 
 
+class FakeDevice:
+    """A meter of a device of 80 GiB, on which `used` are held, of which a reset gives `spare` back."""
+
+    def __init__(self, used: int, spare: int = 0) -> None:
+        self.used = used
+        self.spare = spare
+
+    def reset(self) -> None:
+        self.used -= self.spare
+        self.spare = 0
+
+    def peak(self) -> int:
+        raise AssertionError("not asked")
+
+    def allocated(self) -> int:
+        return self.used
+
+    def free(self) -> int:
+        return 80 * GIB - self.used
+
+    def total(self) -> int:
+        return 80 * GIB
+
+
 def test_what_was_asked_for_is_taken() -> None:
     config = EngineConfig(model="m", kv_cache_memory_bytes=12345)
-    for device in (CPU, CUDA):
-        assert kv_cache_bytes(config, device, activation_bytes=10**12) == 12345
+    for meter in (None, FakeDevice(79 * GIB)):
+        assert kv_cache_bytes(config, meter, step_bytes=10**12, graph_bytes=0) == 12345
 
 
 @pytest.mark.parametrize(
@@ -82,15 +106,52 @@ def test_on_the_cpu_a_quarter_of_free_memory_up_to_4_gib(
     available: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_host_memory", lambda: available)
-    assert kv_cache_bytes(EngineConfig(model="m"), CPU, activation_bytes=1) == expected
+    assert kv_cache_bytes(EngineConfig(model="m"), None, step_bytes=1, graph_bytes=1) == expected
 
 
-def test_on_a_gpu_the_share_less_what_is_used_and_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30 * GIB, 80 * GIB))
+def test_on_a_gpu_the_share_less_what_is_used_and_a_step_and_the_graphs() -> None:
     config = EngineConfig(model="m", gpu_memory_utilization=0.75)
-    assert kv_cache_bytes(config, CUDA, activation_bytes=2 * GIB) == (60 - 50 - 2) * GIB
+    left = kv_cache_bytes(config, FakeDevice(50 * GIB), step_bytes=2 * GIB, graph_bytes=GIB)
+    assert left == (60 - 50 - 2 - 1) * GIB
+    left = kv_cache_bytes(config, FakeDevice(57 * GIB, spare=7 * GIB), step_bytes=2 * GIB, graph_bytes=GIB)
+    assert left == (60 - 50 - 2 - 1) * GIB, "what nobody uses is not used"
     config = EngineConfig(model="m", gpu_memory_utilization=0.5)
-    assert kv_cache_bytes(config, CUDA, activation_bytes=0) == -10 * GIB  # which num_kv_blocks refuses
+    assert kv_cache_bytes(config, FakeDevice(50 * GIB), step_bytes=0, graph_bytes=0) == -10 * GIB  # which is refused
+
+
+def test_a_gpu_is_asked_for_what_its_allocator_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, object]] = []
+
+    def answer(name: str, value: object) -> None:
+        def asked(device: object = None) -> object:
+            calls.append((name, device))
+            return value
+
+        monkeypatch.setattr(torch.cuda, name, asked)
+
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        answer(name, None)
+    answer("mem_get_info", (30, 80))
+    answer("max_memory_reserved", 60)
+    answer("memory_reserved", 50)
+    meter = meter_of(CUDA)
+    assert meter is not None
+    meter.reset()
+    assert calls == [("synchronize", CUDA), ("empty_cache", None), ("reset_peak_memory_stats", CUDA)]
+    assert (meter.peak(), meter.allocated(), meter.free(), meter.total()) == (60, 50, 30, 80)
+    assert ("max_memory_reserved", CUDA) in calls
+    assert calls.count(("synchronize", CUDA)) == 4, "what is under way has not taken its memory yet"
+    assert meter_of(CPU) is None
+
+
+def test_a_context_or_a_narrower_cache_that_would_fit_is_named() -> None:
+    sizes = {"bytes_per_token": 100, "block_size": 16, "max_model_len": 64}
+    with pytest.raises(ConfigurationError, match=r"lower --max-model-len to 48 or give it more memory"):
+        num_kv_blocks(100 * 63, **sizes)
+    with pytest.raises(ConfigurationError, match=r"lower --max-model-len to 32, take --kv-cache-dtype fp8 or give"):
+        num_kv_blocks(100 * 32, **sizes, fp8_bytes_per_token=50)
+    with pytest.raises(ConfigurationError, match=r"lower --max-model-len to 16 or give it more memory"):
+        num_kv_blocks(100 * 32 - 1, **sizes, fp8_bytes_per_token=50)
 
 
 def test_free_host_memory() -> None:
@@ -121,7 +182,7 @@ def test_peak_memory_is_what_the_kernel_says() -> None:
 
 def execute_with(step: object) -> LocalExecutor:
     """An executor whose runner does nothing but `step`."""
-    runner = SimpleNamespace(run=step, is_out_of_memory=Runner.is_out_of_memory)
+    runner = SimpleNamespace(forward=step, is_out_of_memory=Runner.is_out_of_memory)
     return LocalExecutor(runner)  # type: ignore[arg-type]
 
 
@@ -130,9 +191,9 @@ PLAN = StepPlan((Chunk(make_sequence([1]), 0, 1),))
 
 def test_memory_that_really_ran_out_fails_the_step_only() -> None:
     with pytest.raises(OutOfDeviceMemoryError):
-        execute_with(lambda _: torch.empty(1 << 55, dtype=torch.uint8)).execute(PLAN)
+        execute_with(lambda _: torch.empty(1 << 55, dtype=torch.uint8)).forward(PLAN)
     with pytest.raises(OutOfDeviceMemoryError):
-        execute_with(lambda _: bytearray(1 << 55)).execute(PLAN)
+        execute_with(lambda _: bytearray(1 << 55)).forward(PLAN)
 
 
 def test_what_a_gpu_says_when_memory_ran_out_fails_the_step_only() -> None:
@@ -140,7 +201,7 @@ def test_what_a_gpu_says_when_memory_ran_out_fails_the_step_only() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nSee the documentation")
 
     with pytest.raises(OutOfDeviceMemoryError) as raised:
-        execute_with(run).execute(PLAN)
+        execute_with(run).forward(PLAN)
     assert str(raised.value) == "CUDA out of memory. Tried to allocate 2 GiB"
 
 
@@ -149,4 +210,4 @@ def test_other_errors_are_not_taken_for_it() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        execute_with(run).execute(PLAN)
+        execute_with(run).forward(PLAN)

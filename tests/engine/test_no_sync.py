@@ -1,7 +1,7 @@
 """Nothing in a step waits for the device: a wait in each of 32 layers costs more than the layer, and no CUDA graph can
 be captured with one.
 
-This reads the source of what runs between a batch and its hidden states. Whether a tensor is on a device cannot be seen
+This reads the source of what runs from a plan to its sampled tokens. Whether a tensor is on a device cannot be seen
 there, so every expression that would wait is found, and those on host data are listed with the reason. The same step is
 run on tensors without contents in tests/engine/backends/test_cuda_step.py.
 """
@@ -20,7 +20,10 @@ STEP = [
     *sorted((ROOT / "engine/layers").glob("*.py")),
     *sorted((ROOT / "engine/routing").glob("*.py")),
     ROOT / "engine/models/decoder.py",
-    ROOT / "engine/batch.py",
+    *(
+        ROOT / "engine" / name
+        for name in ("batch.py", "masks.py", "runner.py", "sampler.py", "trace.py", "transfers.py")
+    ),
 ]
 
 # Reading a tensor's contents on the host, or asking for a shape that depends on them.
@@ -40,15 +43,23 @@ ALLOWED = {
         "return Sums(*(tensor.cpu() for tensor in self._ring.over_steps().tensors()))": "a snapshot",
         "window=Sums(*(tensor.cpu()[order] for tensor in self._ring.tensors()))": "a snapshot",
         "overflow=self._overflow.clone().cpu()": "a snapshot",
-        "return expert_ids.cpu(), weights.cpu(), entropy.cpu()": "a trace, after the step",
     },
-    "engine/batch.py": {
-        "return torch.from_numpy(array).to(device, non_blocking=True)": "asked not to wait",
+    "engine/transfers.py": {
+        "tensor = torch.as_tensor(values, dtype=dtype)": "on the host",
+        'return tensor.to("cpu", non_blocking=True)': "asked not to wait",
+        "self._event.synchronize()": "the result, which is waited for",
+    },
+    "engine/trace.py": {
+        "columns = (self.expert_ids.tolist(), self.weights.tolist(), self.entropy.tolist())": "when it has arrived",
+        "index: int(part.sum())": "when it has arrived",
+    },
+    "engine/sampler.py": {
+        "ids, counts = np.unique(np.asarray(row.output_ids, dtype=np.int64), return_counts=True)": "on the host",
+    },
+    "engine/masks.py": {
+        "if left.any():": "on the host",
     },
     "engine/layers/rotary.py": {"return (1.0 / theta**exponents).to(device)": "at start"},
-    "engine/backends/cuda/store.py": {
-        "tensor, scale = quantize_rows(tensor.to(self._device), self._dtype)": "while weights are loaded",
-    },
 }
 # On the CPU, from a snapshot, or at start: not in a step.
 LEFT_OUT = {"engine/routing/stats.py", "engine/routing/select.py", "engine/backends/cuda/tiles.py"}

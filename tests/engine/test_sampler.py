@@ -50,7 +50,7 @@ def shares(logits: Tensor, row: SamplingRow, monkeypatch: pytest.MonkeyPatch) ->
     numbers = iter([(i + 0.5) / GRID for i in range(GRID)])
     with monkeypatch.context() as patch:
         patch.setattr(sampler, "uniform", lambda *_: next(numbers))
-        drawn = [result.token_id for result in sample(logits.expand(GRID, -1), [row] * GRID)]
+        drawn = [result.token_id for result in sample(logits.expand(GRID, -1), [row] * GRID).read()]
     return torch.bincount(torch.tensor(drawn), minlength=logits.shape[0]) / GRID
 
 
@@ -154,7 +154,7 @@ def test_a_bias_forces_and_forbids(monkeypatch: pytest.MonkeyPatch) -> None:
         forbidden = replace(forced, params=SamplingParams(logit_bias=((token_id, -100.0),)))
         assert shares(logits, forbidden, monkeypatch)[token_id] == 0.0
     greedy = make_row(SamplingParams(temperature=0.0, logit_bias=((8, 100.0),)))
-    assert sample(logits[None], [greedy])[0].token_id == 8
+    assert sample(logits[None], [greedy]).read()[0].token_id == 8
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -164,8 +164,8 @@ def test_no_end_before_min_tokens(temperature: float) -> None:
     params = SamplingParams(temperature=temperature, min_tokens=2, logit_bias=((3, 100.0),))
     for num_output in range(4):
         row = make_row(params, output_ids=[0] * num_output, end_ids=(3, 6))
-        assert (sample(logits, [row])[0].token_id == 3) == (num_output >= 2)
-    assert sample(logits, [make_row(params, output_ids=[0])])[0].token_id == 3  # nothing ends this one
+        assert (sample(logits, [row]).read()[0].token_id == 3) == (num_output >= 2)
+    assert sample(logits, [make_row(params, output_ids=[0])]).read()[0].token_id == 3  # nothing ends this one
 
 
 def test_greedy_takes_the_best_and_of_equals_the_first() -> None:
@@ -175,13 +175,13 @@ def test_greedy_takes_the_best_and_of_equals_the_first() -> None:
     logits[3, 0] = -1.0
     for temperature in (0.0, 9e-6):
         row = make_row(SamplingParams(temperature=temperature))
-        assert [result.token_id for result in sample(logits, [row] * 4)] == [0, 4, 12, 1]
+        assert [result.token_id for result in sample(logits, [row] * 4).read()] == [0, 4, 12, 1]
 
 
 def test_nearly_no_temperature_is_nearly_greedy() -> None:
     logits = random_logits(20, VOCAB, seed=2)
     rows = [make_row(SamplingParams(temperature=1e-5, seed=i), seed=i) for i in range(20)]
-    assert [result.token_id for result in sample(logits, rows)] == logits.argmax(-1).tolist()
+    assert [result.token_id for result in sample(logits, rows).read()] == logits.argmax(-1).tolist()
 
 
 def test_impossible_tokens_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_impossible_tokens_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> N
     logits[2] = -torch.inf
     for number in (0.0, 0.5, 1.0 - 2.0**-53):
         monkeypatch.setattr(sampler, "uniform", lambda *_, number=number: number)
-        assert sample(logits[None], [make_row(SamplingParams(top_p=0.5))])[0].token_id == 7
+        assert sample(logits[None], [make_row(SamplingParams(top_p=0.5))]).read()[0].token_id == 7
 
 
 def test_a_tiny_probability_is_left_to_those_who_filter_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,14 +202,14 @@ def test_a_tiny_probability_is_left_to_those_who_filter_nothing_else(monkeypatch
     logits[0, [3, 9]] = torch.tensor([0.0, -20.0])
     monkeypatch.setattr(sampler, "uniform", lambda *_: 1.0 - 1e-9)
     rows = [make_row(SamplingParams(top_k=2)), make_row(SamplingParams(top_k=2, top_p=0.9999))]
-    assert [result.token_id for result in sample(logits.expand(2, -1), rows)] == [9, 3]
+    assert [result.token_id for result in sample(logits.expand(2, -1), rows).read()] == [9, 3]
 
 
 def test_the_ends_of_the_stream_reach_the_ends_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = random_logits(1, VOCAB)
     for number, expected in ((0.0, 0), (1.0 - 2.0**-53, VOCAB - 1)):
         monkeypatch.setattr(sampler, "uniform", lambda *_, number=number: number)
-        assert sample(logits, [make_row(SamplingParams())])[0].token_id == expected
+        assert sample(logits, [make_row(SamplingParams())]).read()[0].token_id == expected
 
 
 def test_equal_logits_are_drawn_equally(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_log_probabilities_are_of_the_raw_distribution() -> None:
         for index, params in enumerate(CASES.values())
     ]
     expected = torch.log_softmax(logits.double(), dim=-1)
-    for index, result in enumerate(sample(logits, rows)):
+    for index, result in enumerate(sample(logits, rows).read()):
         report, row = result.logprobs, expected[index].tolist()
         assert report is not None
         assert report.token_id == result.token_id
@@ -252,7 +252,7 @@ def test_log_probabilities_are_of_the_raw_distribution() -> None:
 
 def test_only_those_who_ask_get_log_probabilities() -> None:
     rows = [make_row(SamplingParams(logprobs=number)) for number in (None, 0, 2, None)]
-    reports = [result.logprobs for result in sample(random_logits(4, VOCAB), rows)]
+    reports = [result.logprobs for result in sample(random_logits(4, VOCAB), rows).read()]
     assert [None if report is None else len(report.top) for report in reports] == [None, 0, 2, None]
 
 
@@ -260,26 +260,26 @@ def test_log_probabilities_of_given_tokens() -> None:
     logits = random_logits(5, VOCAB, seed=6)
     token_ids = [0, 12, 3, 3, 7]
     expected = torch.log_softmax(logits, dim=-1)
-    for index, report in enumerate(logprobs_of(logits, token_ids, 2)):
+    for index, report in enumerate(logprobs_of(logits, token_ids, 2).read()):
         row = expected[index]
         assert report.token_id == token_ids[index]
         assert report.logprob == pytest.approx(row[token_ids[index]].item(), abs=1e-6)
         assert report.rank == 1 + int((row > row[token_ids[index]]).sum())
         assert [token_id for token_id, _ in report.top] == row.argsort(descending=True)[:2].tolist()
-    assert logprobs_of(logits[:0], [], 2) == []
+    assert logprobs_of(logits[:0], [], 2).read() == []
 
 
 def test_equals_in_the_list_of_the_best_come_in_the_order_of_their_ids() -> None:
     """bfloat16 logits are often equal: the list must then begin with the token that greedy sampling takes."""
     logits = torch.zeros(1, 40)
     logits[0, [31, 17, 25]] = 2.0
-    (result,) = sample(logits, [make_row(SamplingParams(temperature=0.0, logprobs=4))])
+    (result,) = sample(logits, [make_row(SamplingParams(temperature=0.0, logprobs=4))]).read()
     assert result.logprobs is not None
     assert result.token_id == 17
     assert [token_id for token_id, _ in result.logprobs.top] == [17, 25, 31, 0]
 
 
 def test_more_log_probabilities_than_tokens() -> None:
-    (result,) = sample(torch.tensor([[0.0, 1.0]]), [make_row(SamplingParams(temperature=0.0, logprobs=5))])
+    (result,) = sample(torch.tensor([[0.0, 1.0]]), [make_row(SamplingParams(temperature=0.0, logprobs=5))]).read()
     assert result.logprobs is not None
     assert [token_id for token_id, _ in result.logprobs.top] == [1, 0]

@@ -82,7 +82,7 @@ def test_a_draw_is_the_first_token_at_which_the_running_sum_passes_the_number() 
     logits = random_logits(200, VOCAB, seed=8)
     rows = [make_row(SamplingParams(choice=i % 3), seed=i // 7, output_ids=range(i)) for i in range(200)]
     probabilities = torch.softmax(logits.double(), dim=-1).tolist()
-    for index, result in enumerate(sample(logits, rows)):
+    for index, result in enumerate(sample(logits, rows).read()):
         left = uniform(index // 7, index % 3, index)
         expected = 0
         while (left := left - probabilities[index][expected]) >= 0:
@@ -98,7 +98,7 @@ def test_draws_follow_the_distribution(seed: int, temperature: float) -> None:
     logits = random_logits(VOCAB, seed=11)
     params = SamplingParams(temperature=temperature)
     rows = [make_row(params, seed=seed, output_ids=range(position)) for position in range(count)]
-    drawn = [result.token_id for result in sample(logits.expand(count, -1), rows)]
+    drawn = [result.token_id for result in sample(logits.expand(count, -1), rows).read()]
     counts = np.bincount(drawn, minlength=VOCAB)
     for scale, fits in ((temperature, True), (temperature * 1.2, False)):
         expected = torch.softmax(logits.double() / scale, dim=-1).numpy() * count
@@ -108,7 +108,7 @@ def test_draws_follow_the_distribution(seed: int, temperature: float) -> None:
 def test_choices_and_seeds_have_streams_of_their_own() -> None:
     logits = torch.zeros(1, 1000)
     drawn = {
-        sample(logits, [make_row(SamplingParams(choice=choice), seed=seed)])[0].token_id
+        sample(logits, [make_row(SamplingParams(choice=choice), seed=seed)]).read()[0].token_id
         for choice in range(4)
         for seed in EXTREME_SEEDS
     }
@@ -134,9 +134,9 @@ def test_neighbours_and_order_change_nothing() -> None:
     """No parameter of a row reaches another row: alone, together and shuffled, all tokens are the same."""
     count = 3 * (len(CASES) + 2) + 1
     logits, rows = random_logits(count, VOCAB, seed=9), mixed_rows(count)
-    alone = [sample(logits[i : i + 1], rows[i : i + 1])[0] for i in range(count)]
-    assert sample(logits, rows) == alone
+    alone = [sample(logits[i : i + 1], rows[i : i + 1]).read()[0] for i in range(count)]
+    assert sample(logits, rows).read() == alone
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
-    assert sample(logits[order], [rows[i] for i in order]) == [alone[i] for i in order]
+    assert sample(logits[order], [rows[i] for i in order]).read() == [alone[i] for i in order]
     for start in range(0, count, 7):
-        assert sample(logits[start : start + 7], rows[start : start + 7]) == alone[start : start + 7]
+        assert sample(logits[start : start + 7], rows[start : start + 7]).read() == alone[start : start + 7]

@@ -23,6 +23,8 @@ MAX_STEPS = 3000
 
 
 class Engine(RuleBasedStateMachine):
+    runs_ahead = False
+
     @initialize(
         block_size=st.integers(1, 4),
         num_blocks=st.integers(1, 9),
@@ -31,7 +33,7 @@ class Engine(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, True, False]),
     )
     def start(self, block_size: int, num_blocks: int, max_num_seqs: int, budget: int, caching: bool) -> None:
-        self.executor = CacheExecutor(block_size, on_plan=self.check_plan)
+        self.executor = CacheExecutor(block_size, on_plan=self.check_plan, runs_ahead=self.runs_ahead)
         self.core: EngineCore = make_core(
             self.executor,
             num_blocks=num_blocks,
@@ -103,21 +105,34 @@ class Engine(RuleBasedStateMachine):
     @rule()
     def fail(self) -> None:
         self.executor.fail_next = True
-        failed = self.step()
-        assert [event.request_id for event in failed] == [
-            chunk.sequence.request.request_id for chunk in self.executor.plans[-1].chunks
-        ]
-        assert all(event.finish_reason is FinishReason.ERROR and event.error for event in failed)
+        events = self.step()
+        if self.executor.fail_next:
+            assert self.runs_ahead  # everybody was waiting for a last token
+            self.executor.fail_next = False
+            return
+        # Those who were sampled by the step before are told so first, and by then some may have ended.
+        failed = [event for event in events if event.finish_reason is FinishReason.ERROR]
+        ended = {event.request_id for event in events if event not in failed and event.finish_reason is not None}
+        planned = [chunk.sequence.request.request_id for chunk in self.executor.plans[-1].chunks]
+        assert [event.request_id for event in failed] == [name for name in planned if name not in ended]
+        assert all(event.error for event in failed)
+        assert self.runs_ahead or events == failed
 
     def step(self) -> list[TokenEvent]:
         self.running = list(self.core._scheduler.running)
         self.waiting = list(self.core._scheduler.waiting)
         self.decoding = [sequence for sequence in self.running if sequence.num_remaining == 1]
         num_plans, has_work = len(self.executor.plans), self.core.has_work
-        assert has_work == bool(self.live)
+        under_way = self.core._under_way is not None
+        assert has_work == bool(self.live) or under_way
+        assert self.runs_ahead or not under_way
         events = self.core.step()
-        assert len(self.executor.plans) - num_plans == has_work, "with work to do, a step does some"
-        assert len({event.request_id for event in events}) == len(events)
+        new_plans = len(self.executor.plans) - num_plans
+        assert new_plans == has_work or (under_way and not new_plans), "with work to do, a step does some"
+        if not new_plans:
+            self.num_preempted = self.core.stats().num_preemptions  # for lack of room beside one that ends
+        told = [event.request_id for event in events if event.finish_reason is not FinishReason.ERROR]
+        assert len(set(told)) == len(told)
         for event in events:
             self.receive(event)
         return events
@@ -156,7 +171,8 @@ class Engine(RuleBasedStateMachine):
         preempted = [sequence for sequence in self.running if sequence.status is Status.WAITING]
         kept = self.running[: len(self.running) - len(preempted)]
         assert self.running == kept + preempted
-        assert not self.running or self.running[0] in planned
+        due = [sequence for sequence in self.running if sequence in planned or sequence.num_remaining]
+        assert not due or due[0] in planned or due[0] is not self.running[0]
         self.num_preempted += len(preempted)
         assert all(not sequence.block_table and sequence.num_computed == 0 for sequence in preempted)
 
@@ -232,5 +248,14 @@ class Engine(RuleBasedStateMachine):
         assert (stats.num_running, stats.num_waiting) == (0, 0)
 
 
+class EngineAhead(Engine):
+    """Every step begins before the one before it is told."""
+
+    runs_ahead = True
+
+
+SETTINGS = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
 TestEngine = Engine.TestCase
-TestEngine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
+TestEngine.settings = SETTINGS
+TestEngineAhead = EngineAhead.TestCase
+TestEngineAhead.settings = SETTINGS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,17 @@ from engine.backends.torch import TorchBackend
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
 from engine.executor import LocalExecutor
+from engine.machine import parse_memory
+from engine.plan import QUANTIZATIONS, kv_cache_dtypes, plan_model
+from engine.profile import StepMemory
 from engine.startup import DTYPES, pick_device, pick_dtype, start
 from engine.types import EngineInfo
 from server import flags
+from tests.engine.test_plan import MIXTRAL_8X7B
 from tests.tiny import TINY_LLAMA, TINY_MIXTRAL, write_tiny_mixtral
 from weights.errors import CheckpointError, ConfigError
 from weights.families.mixtral import param_specs
+from weights.loader import load
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # keys and values, layers, kv heads, head_dim, float32
@@ -62,6 +68,7 @@ BAD_OPTIONS: list[dict[str, Any]] = [
     {"dtype": ""},
     {"backend": "triton"},
     {"quantization": "int4"},
+    {"kv_cache_dtype": "fp16"},
     {"router": "hash"},
     {"capacity_factor": 0.0},
     {"capacity_factor": float("nan")},
@@ -115,6 +122,125 @@ def test_weights_that_do_not_fit_are_not_loaded(checkpoint: Path, monkeypatch: p
     monkeypatch.undo()
     monkeypatch.setattr(startup, "device_memory", lambda _: int(weight_bytes / 0.9) + 2)
     start(config)
+
+
+def test_what_would_fit_is_said_when_weights_do_not(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "device_memory", lambda _: 100_000)
+    with pytest.raises(ConfigurationError) as raised:
+        start(make_config(checkpoint))
+    found = re.fullmatch(
+        r"the weights take .* kB in float32; this device has 100\.0 kB and may use 90% of it\. It would fit with .*a "
+        r"memory of ([\d.]+) (.B)\.",
+        str(raised.value),
+    )
+    assert found is not None
+    monkeypatch.setattr(startup, "device_memory", lambda _: parse_memory(found[1] + found[2]))
+    start(make_config(checkpoint))
+
+
+def test_on_a_gpu_the_longest_sequence_must_fit_beside_the_weights() -> None:
+    config = EngineConfig(model="m")
+    plan = plan_model(MIXTRAL_8X7B, memory_bytes=parse_memory("107GB"))
+    assert plan.weight_bytes < plan.budget_bytes < plan.weight_bytes + 32768 * 131_072
+    with pytest.raises(ConfigurationError) as raised:
+        startup._check_memory(plan, config, CUDA)
+    assert str(raised.value) == (
+        "the weights take 93.4 GB in bfloat16, one sequence of 32,768 tokens 4.3 GB; this device has 107.0 GB and may "
+        "use 90% of it. It would fit with --quantization fp8, --quantization int8, --max-model-len 4864 "
+        "or a memory of 111.1 GB."
+    )
+    startup._check_memory(plan, replace(config, kv_cache_memory_bytes=1 << 30), CUDA)
+    startup._check_memory(plan, config, CPU)
+    shorter = plan_model(MIXTRAL_8X7B, memory_bytes=parse_memory("107GB"), max_model_len=1024)
+    startup._check_memory(shorter, config, CUDA)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
+def test_only_the_gpus_backend_has_a_cache_of_fp8(backend: str, checkpoint: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"kv_cache_dtype fp8 is for backend cuda, not (cpu|torch|reference)$"):
+        start(make_config(checkpoint, backend=backend, kv_cache_dtype="fp8"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "quantization"),
+    [
+        ("cpu", "float32", None),
+        ("cpu", "bfloat16", None),
+        ("cpu", "float32", "int8"),
+        ("torch", "bfloat16", None),
+        ("reference", "float16", None),
+    ],
+)
+def test_weights_and_cache_take_what_was_planned(
+    backend: str, dtype: str, quantization: str | None, tmp_path: Path
+) -> None:
+    """With heads of 16, which no backend has to pad."""
+    write_tiny_mixtral(tmp_path, head_dim=16)
+    _, info = start(make_config(tmp_path, backend=backend, dtype=dtype, quantization=quantization))
+    assert info.memory.measured.keys() == {"weights", "KV cache"}
+    assert info.memory.measured == info.memory.predicted
+    assert info.memory.measured["weights"] == sum(info.memory.weights.values())
+
+
+class FakeMeter:
+    """Of a device of 2 MB, of which `others` hold some; the engine's own is what the test says."""
+
+    def __init__(self) -> None:
+        self.held = 1000
+        self.others = 50_000
+
+    def reset(self) -> None:
+        pass
+
+    def peak(self) -> int:
+        raise AssertionError("steps are measured elsewhere")
+
+    def allocated(self) -> int:
+        return self.held
+
+    def free(self) -> int:
+        return self.total() - self.held - self.others
+
+    def total(self) -> int:
+        return 2_000_000
+
+
+@pytest.mark.parametrize(("backend", "graph_bytes"), [("reference", 0), ("cuda", 20_000)])
+def test_the_cache_gets_what_is_left_beside_what_was_measured(
+    backend: str, graph_bytes: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of 300 kB, 7 kB for what stays of the first step, 100 kB for a step, 20 kB for the graphs."""
+    meter = FakeMeter()
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        meter.held += 300_000
+        return load(*args, **kwargs)
+
+    def measured(*_: Any, **options: Any) -> StepMemory:
+        assert options["max_choices"] == 4
+        meter.held += 7000
+        return StepMemory(step=100_000, decode=20_000)
+
+    monkeypatch.setattr(startup, "meter_of", lambda _: meter)
+    monkeypatch.setattr(startup, "load", loaded)
+    monkeypatch.setattr(startup, "measure_steps", measured)
+    monkeypatch.setattr(ReferenceBackend, "name", backend)
+    _, info = start(make_config(checkpoint, backend="reference", kv_cache_memory_bytes=None))
+    left = 1_800_000 - 50_000 - 1000 - 307_000 - 100_000 - graph_bytes
+    assert info.num_blocks == left // (16 * BYTES_PER_TOKEN)
+    memory = info.memory
+    assert memory.measured["weights"] == 300_000
+    assert memory.measured["activations"] == memory.activations == 107_000
+    assert memory.measured["CUDA itself"] == 50_000
+    assert memory.graphs == memory.measured["CUDA graphs"] == graph_bytes
+    assert memory.measured["KV cache"] == memory.kv_cache == info.num_blocks * 16 * BYTES_PER_TOKEN
+    assert memory.predicted.keys() == memory.measured.keys()
+
+
+def test_a_padded_head_takes_more_than_was_planned(checkpoint: Path) -> None:
+    memory = start(make_config(checkpoint))[1].memory
+    assert memory.measured["KV cache"] == 2 * memory.predicted["KV cache"]
+    assert memory.measured["weights"] > memory.predicted["weights"]
 
 
 def test_a_dense_model_is_pointed_to_upcycling(tmp_path: Path) -> None:
@@ -288,6 +414,8 @@ def test_the_gpu_backend_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_backend_is_a_choice_of_the_command_line() -> None:
     assert flags.BACKENDS == select.BACKENDS
+    assert set(flags.KV_CACHE_DTYPES) == set(kv_cache_dtypes("cuda"))
+    assert set(flags.QUANTIZATIONS) == set(QUANTIZATIONS["cuda"])
     assert set(DTYPES) | {"auto"} == set(flags.DTYPES)
 
 

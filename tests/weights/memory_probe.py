@@ -1,10 +1,10 @@
-"""Streams a checkpoint in a process of its own and prints, as JSON, how much memory that took at any moment.
+"""Loads a checkpoint in a process of its own and prints, as JSON, how much memory that took at any moment.
 
-    python -m tests.weights.memory_probe FOLDER SUFFIX
+    python -m tests.weights.memory_probe FOLDER SINK
 
-The sink copies every byte of the tensors whose name ends in SUFFIX (of all, when it is empty) to a buffer and touches
-no other. Two kinds of memory, as the system counts them for this process, are sampled every 2 ms and at the worst
-moment of each tensor: anonymous (RssAnon) and file-mapped (RssFile).
+SINK `read` copies every byte to a buffer and keeps nothing; `int8` is the CPU's backend, which keeps the weights in 8
+bits. Two kinds of memory, as the system counts them for this process, are sampled every 2 ms and at the worst moment of
+each tensor: anonymous (RssAnon) and file-mapped (RssFile).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.backends.select import make_backend
 from weights.checkpoint import open_checkpoint
-from weights.loader import load
+from weights.loader import WeightSink, load
 from weights.params import Piece
 
 
@@ -46,20 +47,32 @@ class Sampler(threading.Thread):
         self.join()
 
 
-class SampleSink:
-    def __init__(self, suffix: str, largest: int, sampler: Sampler) -> None:
-        self._suffix = suffix
+class ReadingSink:
+    """Takes the sum, as 64-bit integers, of all that comes."""
+
+    def __init__(self, largest: int) -> None:
         self._buffer = torch.empty(largest, dtype=torch.uint8)
+        self.total = 0
+
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        assert scale is None, piece
+        own = self._buffer[: tensor.nbytes]
+        own.copy_(tensor.view(-1).view(torch.uint8))
+        self.total += int(own.view(torch.int64).sum())
+
+
+class Sampled:
+    """A sink that takes a sample when a tensor is there twice: where it was read to, and in the sink."""
+
+    def __init__(self, sink: WeightSink, sampler: Sampler) -> None:
+        self._sink = sink
         self._sampler = sampler
         self.num_pieces = 0
-        self.num_bytes = 0
 
-    def prepare(self, piece: Piece, tensor: Tensor) -> None:
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        self._sink.prepare(piece, tensor, scale)
+        self._sampler.sample()
         self.num_pieces += 1
-        if piece.source.endswith(self._suffix):
-            self._buffer[: tensor.nbytes] = tensor.view(-1).view(torch.uint8)
-            self.num_bytes += tensor.nbytes
-            self._sampler.sample()  # now all of its pages are there, and the copy
 
 
 def _memory() -> dict[str, int]:
@@ -73,10 +86,15 @@ def main() -> None:
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(Path(sys.argv[1]))
     largest = max(info.nbytes for info in checkpoint.tensors.values())
+    reading = ReadingSink(largest)
+    sink: WeightSink = reading
+    if sys.argv[2] == "int8":
+        cpu = torch.device("cpu")
+        sink = make_backend("cpu", checkpoint.config, device=cpu, dtype=torch.bfloat16, quantization="int8")
     sampler = Sampler()
     sampler.start()
-    sink = SampleSink(sys.argv[2], largest, sampler)
-    report = load(checkpoint, sink)
+    sampled = Sampled(sink, sampler)
+    report = load(checkpoint, sampled)
     sampler.stop()
     print(
         json.dumps(
@@ -84,9 +102,9 @@ def main() -> None:
                 "anonymous": sampler.peaks["RssAnon"],
                 "file_mapped": sampler.peaks["RssFile"],
                 "num_samples": sampler.num_samples,
-                "num_pieces": sink.num_pieces,
-                "bytes_read": sink.num_bytes,
-                "bytes_streamed": report.num_bytes,
+                "num_pieces": sampled.num_pieces,
+                "num_bytes": report.num_bytes,
+                "total": reading.total,
                 "largest_tensor": largest,
             }
         )

@@ -18,8 +18,9 @@ class Recorder:
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
-    def prepare(self, piece: Piece, tensor: Tensor) -> None:
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
         assert tuple(tensor.shape) == piece.shape
+        assert scale is None
         self.tensors[piece.source] = tensor
 
 

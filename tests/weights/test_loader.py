@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny import TINY_LLAMA, tiny_tensors, write_tiny_mixtral
+from weights import loader
 from weights.checkpoint import open_checkpoint
 from weights.config import ModelConfig
 from weights.errors import CheckpointError
@@ -25,12 +29,13 @@ class StackingSink:
         self.params = {spec.name: torch.full(spec.shape, torch.nan) for spec in param_specs(config)}
         self.sources: list[str] = []
 
-    def prepare(self, piece: Piece, tensor: Tensor) -> None:
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
         assert tuple(tensor.shape) == piece.shape
+        assert (scale is not None) == (tensor.dtype == torch.float8_e4m3fn)
         self.sources.append(piece.source)
         target = self.params[piece.param]
         rows = target if piece.expert is None else target[piece.expert]
-        rows[piece.row : piece.row + piece.shape[0]] = tensor.float()
+        rows[piece.row : piece.row + piece.shape[0]] = tensor.float() if scale is None else tensor.float() * scale
 
 
 @pytest.mark.parametrize(("dtype", "shards"), [("float32", 1), ("bfloat16", 4), ("float16", 3)])
@@ -158,3 +163,83 @@ def test_progress_shows_bytes_and_rate_on_stderr(tmp_path: Path, capsys: pytest.
     assert "Loading weights: 100%" in err
     assert "190k/190k" in err
     assert "B/s]" in err
+
+
+class FailingSink:
+    left = 5
+
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        assert tensor.numel()
+        assert scale is None
+        self.left -= 1
+        if not self.left:
+            raise MemoryError(piece.param)
+
+
+def test_what_the_sink_raises_ends_the_load(tmp_path: Path) -> None:
+    write_tiny_mixtral(tmp_path, shards=3)
+    sink, threads = FailingSink(), threading.active_count()
+    with pytest.raises(MemoryError, match=r"layers\.0"):
+        load(open_checkpoint(tmp_path), sink)
+    assert sink.left == 0
+    assert threading.active_count() == threads
+
+
+def test_a_file_cut_short_ends_the_load(tmp_path: Path) -> None:
+    config = write_tiny_mixtral(tmp_path, shards=3)
+    checkpoint = open_checkpoint(tmp_path)
+    last = tmp_path / "model-00003-of-00003.safetensors"
+    os.truncate(last, last.stat().st_size // 2)
+    sink, threads = StackingSink(config), threading.active_count()
+    with pytest.raises(CheckpointError, match=r"model-00003-of-00003\.safetensors: was cut short while it was read"):
+        load(checkpoint, sink)
+    assert 0 < len(sink.sources) < len(checkpoint.tensors)
+    assert threading.active_count() == threads
+
+
+class Event:
+    """Of a copy that is done when it is waited for, or asked for the second time."""
+
+    def __init__(self, copy: Callable[[], object]) -> None:
+        self._copy: Callable[[], object] | None = copy
+        self._asked = False
+
+    def query(self) -> bool:
+        if self._asked:
+            self.synchronize()
+        self._asked = True
+        return self._copy is None
+
+    def synchronize(self) -> None:
+        if self._copy is not None:
+            self._copy()
+            self._copy = None
+
+
+class Device(StackingSink):
+    """A sink with copies still under way when it returns, and the staging that goes with it."""
+
+    ahead_bytes = 10_000
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        self._started = partial(super().prepare, piece, tensor, scale)
+
+    def record(self) -> Event:
+        return Event(self._started)
+
+
+def test_copies_that_are_done_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from pinned memory to a GPU: a tensor's memory is left alone until its event has fired, and all events have
+    when the load ends.
+    """
+    config = write_tiny_mixtral(tmp_path, shards=3)
+    late, at_once = Device(config), StackingSink(config)
+    monkeypatch.setattr(loader, "staging_for", {torch.device("cuda", 1): late}.get)
+    load(open_checkpoint(tmp_path), late, device=torch.device("cuda", 1))
+    load(open_checkpoint(tmp_path), at_once)
+    assert late.sources == at_once.sources
+    for name, param in at_once.params.items():
+        assert torch.equal(late.params[name], param), name

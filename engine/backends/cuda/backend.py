@@ -67,6 +67,7 @@ class CudaBackend:
         assert why_not(config, card) is None
         self.device = device
         self.dtype = dtype
+        self.has_fp8_kv_cache = card.reads_fp8
         self._config = config
         weight_dtype = weight_dtype or dtype
         specs = param_specs(config)
@@ -89,17 +90,23 @@ class CudaBackend:
         )
         self._attention_tiles = AttentionTiles.of(card, self._shape, dtype)
         self._inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, device)
-        self._angles: tuple[Batch, tuple[Tensor, Tensor]] | None = None
+        self._angles: tuple[Tensor, Tensor]
 
-    def prepare(self, piece: Piece, tensor: Tensor) -> None:
+    def prepare(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
         store = self._experts if piece.param in self._expert_names else self._params
-        store.put(piece, tensor)
+        store.put(piece, tensor, scale)
 
     def has(self, param: str) -> bool:
         return param in self._params or param in self._experts
 
-    def new_kv_cache(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape) -> KVCache:
-        return KVCache.zeros(num_layers, num_blocks, block_size, shape, dtype=self.dtype, device=self.device)
+    def new_kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        return KVCache.zeros(num_layers, num_blocks, block_size, shape, dtype=dtype or self.dtype, device=self.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._params.num_bytes + self._experts.num_bytes
 
     def embed(self, param: str, input_ids: Tensor) -> Tensor:
         return F.embedding(input_ids, self._params[param])
@@ -118,9 +125,11 @@ class CudaBackend:
     def attention_block(self, layer: int, x: Tensor, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
         name, shape = f"layers.{layer}", self._shape
         keys, values = cache.keys[layer], cache.values[layer]
+        if layer == 0:
+            self._angles = rotary_angles(batch.positions, self._inv_freq)  # of all layers of the step
         normed = self.rms_norm(f"{name}.input_norm", x, self._config.rms_norm_eps)
         qkv = self.linear(f"{name}.qkv", normed)
-        rotary_write_launch(qkv, *self._angles_of(batch), batch.slot_mapping, keys, values, shape).run()
+        rotary_write_launch(qkv, *self._angles, batch.slot_mapping, keys, values, shape).run()
         query = qkv.view(qkv.shape[0], -1, shape.head_dim)[:, : shape.num_heads]
         attended = attention(query, keys, values, batch, shape, self._attention_tiles)
         projected = self.linear(f"{name}.o", attended)
@@ -143,9 +152,3 @@ class CudaBackend:
         else:
             blocks = group_blocks(expert_ids, self._config.num_experts, tiles.block_m)
         experts(normed, self._experts.weights(layer), expert_ids, weights, blocks, x, tiles)
-
-    def _angles_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Of the positions, for all layers of a step: made for the first and kept to the last."""
-        if self._angles is None or self._angles[0] is not batch:
-            self._angles = batch, rotary_angles(batch.positions, self._inv_freq)
-        return self._angles[1]

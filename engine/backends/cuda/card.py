@@ -23,11 +23,15 @@ class Card:
         properties = torch.cuda.get_device_properties(device)
         return cls((properties.major, properties.minor), properties.multi_processor_count)
 
+    @property
+    def reads_fp8(self) -> bool:
+        return self.capability >= (8, 9)
+
     def weight_dtype(self, quantization: str | None) -> torch.dtype | None:
         """Of the experts' weights, None: the model's. A card that cannot read e4m3 takes int8, of the same size."""
         if quantization is None:
             return None
-        return torch.float8_e4m3fn if quantization == "fp8" and self.capability >= (8, 9) else torch.int8
+        return torch.float8_e4m3fn if quantization == "fp8" and self.reads_fp8 else torch.int8
 
     def next_best(self, dtype: torch.dtype, quantization: str | None) -> Iterator[str]:
         """What this card does another way than the newest, for the log."""

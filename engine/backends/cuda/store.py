@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.backends.cuda.moe import ExpertWeights, quantize_rows
 from engine.backends.store import ParamStore
+from weights.fp8 import dequantize
 from weights.params import ParamSpec, Piece
 
 
@@ -23,12 +24,25 @@ class ExpertStore:
         self._device = device
         self._dtype = dtype
 
-    def put(self, piece: Piece, tensor: Tensor) -> None:
-        """As `ParamStore.put`. What has 8 bits gets a scale for each of its rows, the output channels."""
-        if self._dtype.itemsize == 1:
-            tensor, scale = quantize_rows(tensor.to(self._device), self._dtype)
-            self._scales.put(piece, scale.unsqueeze(-1))
+    def put(self, piece: Piece, tensor: Tensor, scale: Tensor | None = None) -> None:
+        """As `ParamStore.put`. What has 8 bits gets a scale for each of its rows, the output channels; a tensor that
+        came with scales and has the store's dtype stays as it is, to the bit.
+        """
+        if self._dtype.itemsize > 1:
+            self._weights.put(piece, tensor, scale)
+            return
+        if scale is None or tensor.dtype != self._dtype:
+            device = self._device
+            wide = tensor.to(device, non_blocking=True) if scale is None else dequantize(tensor, scale, device)
+            tensor, scale = quantize_rows(wide, self._dtype)
+            scale = scale.unsqueeze(-1)
+        self._scales.put(piece, scale)
         self._weights.put(piece, tensor)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of weights and scales."""
+        return self._weights.num_bytes + self._scales.num_bytes
 
     def __contains__(self, param: str) -> bool:
         return param in self._weights

@@ -113,7 +113,7 @@ inline void row_tiles(int num_rows, X x, const W* w, size_t block, int k, Finish
     const int num_tiles = ceil_div(num_rows, kRows<W>);
     for (int t = 0; t < num_tiles; ++t) {
         const int first = int(int64_t(num_rows) * t / num_tiles), rows = int(int64_t(num_rows) * (t + 1) / num_tiles) - first;
-        with_constant<kRows<W>>(rows, [&](auto count) {
+        with_constant<(B <= kBlocks<W> ? kRows<W> : 1)>(rows, [&](auto count) {
             constexpr int R = decltype(count)::value;
             const Input<W>* address[R];
             for (int r = 0; r < R; ++r) address[r] = x(first + r);
@@ -140,6 +140,8 @@ inline void columns(int num_rows, X x, const W* w, int num_blocks, int k, Finish
         });
     };
     int done = 0;
+    if (num_rows == 1)  // as wide as can be: what it waits for is memory, in as many streams
+        for (; done + kMaxBlocks <= num_blocks; done += kMaxBlocks) part(std::integral_constant<int, kMaxBlocks>{}, done);
     for (; done + kBlocks<W> <= num_blocks; done += kBlocks<W>) part(std::integral_constant<int, kBlocks<W>>{}, done);
     for (; done < num_blocks; ++done) part(std::integral_constant<int, 1>{}, done);
 }

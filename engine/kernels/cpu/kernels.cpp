@@ -83,10 +83,13 @@ void EXPORT(embed)(const void* packed, const float* scales, int32_t weight_type,
 
 void EXPORT(pack)(const void* from, int32_t is_bf16, int32_t num_rows, int32_t k, int32_t first, int32_t base, int32_t step,
                   int32_t weight_type, void* packed, float* scales) {
-    if (is_bf16)
-        pack(static_cast<const bf16*>(from), num_rows, k, first, base, step, weight_type, packed, scales);
-    else
-        pack(static_cast<const float*>(from), num_rows, k, first, base, step, weight_type, packed, scales);
+    auto run = [&](auto* rows) {
+        if (weight_type == kBf16) return pack(rows, num_rows, k, first, base, step, static_cast<bf16*>(packed), scales);
+        if (weight_type == kInt8) return pack(rows, num_rows, k, first, base, step, static_cast<int8_t*>(packed), scales);
+        pack(rows, num_rows, k, first, base, step, static_cast<float*>(packed), scales);
+    };
+    if (is_bf16) return run(static_cast<const bf16*>(from));
+    run(static_cast<const float*>(from));
 }
 
 // Whether this machine has instruction set `isa`: 0 scalar, 1 AVX2, 2 AVX512, 3 AVX512 with BF16 and VNNI.

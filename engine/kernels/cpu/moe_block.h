@@ -73,6 +73,8 @@ void moe_block(const Model& m, const Layer& layer, int T, int K, const float* no
             };
             constexpr int kWide = kBlocks<W> / 2;  // pairs of a tile
             int p = 0;
+            if (count == 1)
+                for (; p + kPairs <= pairs; p += kPairs) part(std::integral_constant<int, kMaxBlocks>{}, p);
             for (; p + kWide <= pairs; p += kWide) part(std::integral_constant<int, kBlocks<W>>{}, p);
             for (; p < pairs; ++p) part(std::integral_constant<int, 2>{}, p);
         });

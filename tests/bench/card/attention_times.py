@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -30,10 +32,11 @@ def attention_times(bench: Bench) -> None:
         work = [*decodes, *((1, *chunk) for chunk in chunks)]
         num_blocks = min(max(blocks_of(size, context) for size, _, context in work), room(bench, dtype))
         cache = Cache.random(num_blocks, BLOCK_SIZE, bench.shape, device=bench.device, dtype=dtype)
+        name = str(dtype).removeprefix("torch.")
         for num_seqs, queries, context in work:
-            name = f"attention {dtype} {num_seqs} {queries} {context}"
-            if blocks_of(num_seqs, context) <= num_blocks and bench.part.has_time(name):
-                _time(bench, name, cache, cache.batch([(queries, context)] * num_seqs))
+            keys = {"cache": name, "batch": num_seqs, "queries": queries, "context": context}
+            if blocks_of(num_seqs, context) <= num_blocks and bench.is_due("attention", keys):
+                _time(bench, keys, cache, cache.batch([(queries, context)] * num_seqs))
         del cache  # before the next one is made
 
 
@@ -48,7 +51,7 @@ def room(bench: Bench, dtype: torch.dtype) -> int:
     return int(free * SHARE_OF_MEMORY) // (numbers * dtype.itemsize)
 
 
-def _time(bench: Bench, name: str, cache: Cache, batch: Batch) -> None:
+def _time(bench: Bench, keys: Mapping[str, Any], cache: Cache, batch: Batch) -> None:
     shape = bench.shape
     query = normal(batch.num_tokens, shape.num_heads, shape.head_dim, device=bench.device, dtype=bench.dtype)
     tiles = AttentionTiles.of(bench.card, shape, bench.dtype)
@@ -57,17 +60,12 @@ def _time(bench: Bench, name: str, cache: Cache, batch: Batch) -> None:
     queries, context = batch.query_lens[last], batch.context_lens[last]
     exact = references.attention(query, cache.keys, cache.values, batch, shape, last)
     error = references.relative_error(output[-queries:], exact)
-    bench.check(name, error, 1e-4 if bench.dtype == torch.float32 else 0.01)
+    bench.check(f"attention {keys}", error, 1e-4 if bench.dtype == torch.float32 else 0.01)
     read = 2 * cache.keys[0, 0].nbytes * sum(batch.context_lens)
     seen = context * queries - queries * (queries - 1) // 2  # by the queries of a sequence
     bench.time(
         "attention",
-        {
-            "cache": str(cache.keys.dtype).removeprefix("torch."),
-            "batch": len(batch.query_lens),
-            "queries": queries,
-            "context": context,
-        },
+        keys,
         run,
         num_bytes=read,
         operations=4 * shape.num_heads * shape.head_dim * seen * len(batch.query_lens),

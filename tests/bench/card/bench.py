@@ -55,6 +55,11 @@ class Bench:
             sliding_window=model.sliding_window,
         )
 
+    def is_due(self, table: str, keys: Mapping[str, Any]) -> bool:
+        """Whether a row has to be measured: it is not there yet, and there is time."""
+        name = " ".join([table, *map(str, keys.values())])
+        return not self.part.rows(table, **keys) and self.part.has_time(name)
+
     def check(self, name: str, error: float, tolerance: float) -> None:
         """Remember what is wrong: the part fails at its end, with all its rows written."""
         if not error <= tolerance:

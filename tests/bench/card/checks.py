@@ -40,7 +40,8 @@ def checks(bench: Bench) -> None:
 
 
 def _report(bench: Bench, name: str, error: float, tolerance: float) -> None:
-    bench.part.row("checks", kernel=name, error=error, tolerance=tolerance)
+    if not bench.part.rows("checks", kernel=name):  # of the run that this one resumes
+        bench.part.row("checks", kernel=name, error=error, tolerance=tolerance)
     bench.check(name, error, tolerance)
 
 
@@ -73,11 +74,11 @@ def _rotary(bench: Bench, dtype: torch.dtype) -> None:
         rotary_write_launch(qkv, cos, sin, batch.slot_mapping, cache.keys, cache.values, shape).run()
         turned = references.rotary(heads[:, :8], batch.positions, inv_freq)
         query = qkv.view_as(heads)[:, :6]
-        _report(bench, f"rotary {dtype}", relative_error(query, turned[:, :6]), TOLERANCE[dtype])
+        _report(bench, f"rotary {dtype} {cache_dtype}", relative_error(query, turned[:, :6]), TOLERANCE[dtype])
         tolerance = TOLERANCE[dtype] if cache_dtype == dtype else 0.05
-        for part, wanted in ((cache.keys, turned[:, 6:]), (cache.values, heads[:, 8:])):
+        for name, part, wanted in (("keys", cache.keys, turned[:, 6:]), ("values", cache.values, heads[:, 8:])):
             written = part.flatten(0, 1)[batch.slot_mapping].float()
-            _report(bench, f"write {dtype} {cache_dtype}", relative_error(written, wanted), tolerance)
+            _report(bench, f"write {name} {dtype} {cache_dtype}", relative_error(written, wanted), tolerance)
 
 
 def _attention(bench: Bench, dtype: torch.dtype) -> None:
@@ -96,7 +97,7 @@ def _attention(bench: Bench, dtype: torch.dtype) -> None:
         for batch_name, sizes in batches.items():
             heads = f"{shape.num_heads}/{shape.num_kv_heads} window {shape.sliding_window}"
             name = f"attention {batch_name} {heads} {dtype} {cache_dtype}"
-            if not bench.part.has_time(name):
+            if not bench.is_due("checks", {"kernel": name}):
                 continue
             batch = cache.batch(sizes)
             query = normal(batch.num_tokens, shape.num_heads, shape.head_dim, device=bench.device, dtype=dtype)
@@ -166,7 +167,7 @@ def _experts(bench: Bench) -> None:
                 for routing_name, routing in _routings(bench, num_rows, num_experts, top_k).items():
                     line = f"line {tiles.rows}, grouped {tiles.grouped}"
                     name = f"experts {weight_dtype} {routing_name} {num_rows}, {line}"
-                    if not bench.part.has_time(name):
+                    if not bench.is_due("checks", {"kernel": name}):
                         continue
                     x = normal(num_rows, hidden, device=bench.device, dtype=bench.dtype)
                     run = runner(x, weights, routing, tiles, residual := x.clone())

@@ -1,99 +1,150 @@
-"""Part "decode": tokens a second at a few batch sizes, on random weights in the shape of Mixtral 8x7B."""
+"""Part "decode": decode steps of Mixtral 8x7B beside the time that the bytes they read take at the rate of a copy."""
 
 from __future__ import annotations
 
-import gc
-import json
-import tempfile
+import statistics
 import time
-from pathlib import Path
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
-import torch
-
-from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.types import Request, SamplingParams
-from tests.bench.card.models import TINY, TINY_CACHE_BYTES, as_deep_as_fits
-from tests.bench.card.report import Part, Setting
-from weights.config import hf_config
+from tests.bench.card.clock import Clock, copy_tb_per_s
+from tests.bench.card.engines import (
+    Variant,
+    add,
+    build,
+    config_of,
+    drain,
+    finish,
+    formats,
+    free,
+    kv_tokens,
+    model_row,
+    new_tokens,
+    warm_up,
+)
+from tests.bench.card.report import BUILD_SECONDS, Part, Setting
+from tests.bench.card.roofline import step_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    batches: tuple[int, ...]
+    prompt_len: int
+    steps: int
+    """That are timed: a batch of them, all of whose sequences decode."""
+    warm_steps: int
+    """Before these, so that nothing is used for the first time in them."""
+    max_model_len: int
+    prefill_prompts: int
+    prefill_len: int
+
+
+# The contexts of all timed steps lie between two powers of two.
+SIZES = Sizes((1, 2, 4, 8, 16, 32, 64, 128, 256), 1040, 64, 8, 2560, 16, 2048)
+TINY_SIZES = Sizes((1, 3), 8, 8, 2, 64, 2, 32)
+LEAST_TOKENS = 32 * 1200
+"""Of the KV cache, or a model is not worth a run."""
 
 
 def decode(setting: Setting, part: Part) -> None:
-    prompt_len, output_len, batch_sizes = (8, 8, (1, 3)) if setting.tiny else (128, 128, (1, 8, 32, 128))
-    part.set(prompt_len=prompt_len, output_len=output_len)
-    on_gpu: list[tuple[str, str | None]] = [("cuda", "fp8"), ("cuda", None), ("torch", None)]
-    for backend, quantization in on_gpu if setting.device.type == "cuda" else [("auto", None)]:
-        if not part.has_time(f"{backend} {quantization}"):
-            return
-        core = build(setting, backend, quantization, prompt_len + output_len, max(batch_sizes))
-        info = core.info
-        name = {"backend": info.backend, "quantization": quantization}
-        part.row(
-            "models",
-            **name,
-            num_layers=info.num_layers,
-            total_params=info.total_params,
-            dtype=info.dtype,
-            load_seconds=info.load_seconds,
-        )
-        generate(core, batch_size=1, prompt_len=prompt_len, output_len=2)  # first use of every kernel
-        for batch_size in batch_sizes:
-            if part.has_time(f"{backend} {quantization}, batch {batch_size}"):
-                core.reset_experts()
-                times = generate(core, batch_size=batch_size, prompt_len=prompt_len, output_len=output_len)
-                layers = core.expert_report().total.layers
-                distinct = sum(layer.distinct_experts for layer in layers) / len(layers)
-                peak = core.stats().peak_memory_bytes
-                row = {"batch_size": batch_size, **times, "distinct_experts": distinct, "peak_memory_bytes": peak}
-                part.row("batches", **name, **row)
-        del core
-        gc.collect()  # before the next model is made
-        if setting.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(setting.device)
+    """Tables: models; prefill, tokens a second of whole prompts; batches, one row a batch size."""
+    sizes = TINY_SIZES if setting.tiny else SIZES
+    copied = copy_tb_per_s(Clock(setting.device), setting.device)
+    free(setting.device)
+    part.set(copy_tb_per_s=copied)
+    for quantization, kv_cache_dtype in formats(setting):
+        for routing in ("even", "free"):
+            variant = Variant(quantization, kv_cache_dtype, routing)
+            missing = [size for size in sizes.batches if not part.rows("batches", **variant.keys, batch=size)]
+            if missing and part.has_time(str(variant), seconds=BUILD_SECONDS):
+                _run(setting, part, variant, sizes, missing, copied)
+                free(setting.device)
 
 
-def build(setting: Setting, backend: str, quantization: str | None, context: int, batch_size: int) -> EngineCore:
-    config = TINY if setting.tiny else as_deep_as_fits(setting.device, context * batch_size, quantization)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(hf_config(config)))
-        return EngineCore.build(
-            EngineConfig(
-                model=folder,
-                device=setting.device.type,
-                backend=backend,
-                quantization=quantization,
-                load_format="dummy",
-                record_routing=True,  # a rate says little without the experts that took part
-                max_model_len=context,
-                max_num_seqs=batch_size,
-                kv_cache_memory_bytes=TINY_CACHE_BYTES if setting.tiny else None,
-                enable_prefix_caching=False,
-            )
-        )
+def _run(setting: Setting, part: Part, variant: Variant, sizes: Sizes, batches: list[int], copied: float) -> None:
+    config = config_of(setting, part, variant, LEAST_TOKENS)
+    if config is None:
+        return
+    core = build(setting, config, variant, max_model_len=sizes.max_model_len, max_num_seqs=max(sizes.batches))
+    model_row(part, variant, core)
+    warm_up(core, sizes.max_model_len)
+    if not part.rows("prefill", **variant.keys):
+        part.row("prefill", **variant.keys, **_prefill(core, sizes))
+    for batch in batches:
+        name = f"{variant}, batch {batch}"
+        needed = batch * _longest(core, sizes, batch)
+        if needed > kv_tokens(core):
+            part.leave_out(name, f"{needed} tokens of KV cache, where there are {kv_tokens(core)}")
+        elif part.has_time(name):
+            part.row("batches", **variant.keys, batch=batch, **_decode(core, sizes, batch, copied))
 
 
-def generate(core: EngineCore, *, batch_size: int, prompt_len: int, output_len: int) -> dict[str, float]:
-    """Time one batch. Prefill ends with the step in which the last request gets its first token."""
-    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
-    for index in range(batch_size):
-        ids = tuple((index * 7919 + i * 31) % core.info.vocab_size for i in range(prompt_len))
-        core.add(Request(request_id=f"{batch_size}-{index}", prompt_ids=ids, params=params))
-    started: set[str] = set()
-    decoded = 0
-    start = prefilled = time.perf_counter()
-    while core.has_work:
-        prefilling = len(started) < batch_size
-        events = core.step()
-        now = time.perf_counter()
-        assert all(event.error is None for event in events), events
-        if prefilling:
-            started.update(event.request_id for event in events)
-            prefilled = now
-        else:
-            decoded += sum(len(event.token_ids) for event in events)
+def _longest(core: EngineCore, sizes: Sizes, batch: int) -> int:
+    """Tokens, in whole blocks, of the first sequence when the last steps are timed: it decodes while the others'
+    prompts are computed."""
+    prefill_steps = -(-batch * (sizes.prompt_len + 1) // core.info.max_num_batched_tokens)
+    length = sizes.prompt_len + prefill_steps + sizes.warm_steps + sizes.steps + core.info.block_size
+    return -(-length // core.info.block_size) * core.info.block_size
+
+
+def _prefill(core: EngineCore, sizes: Sizes) -> dict[str, float]:
+    ids = add(core, "prefill", sizes.prefill_prompts, sizes.prefill_len, 1)
+    _, seconds = finish(core, ids)
+    tokens = sizes.prefill_prompts * sizes.prefill_len
+    return {"prompts": sizes.prefill_prompts, "tokens": sizes.prefill_len, "tok_s": tokens / seconds}
+
+
+def _decode(core: EngineCore, sizes: Sizes, batch: int, copied: float) -> dict[str, Any]:
+    """The timed steps of `batch` sequences. A step's time is that between what two of them return: the next may be
+    under way by then."""
+    ids = add(core, f"decode {batch}", batch, sizes.prompt_len, sizes.max_model_len - sizes.prompt_len)
+    made = Counter(dict.fromkeys(ids, 0))
+    while min(made.values()) <= sizes.warm_steps:
+        assert core.has_work, "the sequences never ran all at once"
+        made.update(new_tokens(core))
+    before = made.total()
+    start = time.perf_counter()
+    marks, timed = [start], 0
+    while timed < sizes.steps * batch:
+        assert core.has_work, "the sequences ended too early"
+        if counts := new_tokens(core):
+            made.update(counts)
+            timed += sum(counts.values())
+            marks.append(time.perf_counter())
+    seconds = marks[-1] - start
+    for request_id in ids:
+        core.abort(request_id)
+    drain(core)
+
+    window = core.routing_record().snapshot().window
+    full = window.hits[window.tokens == batch][-sizes.steps :]  # [steps, L, E]
+    assert full.shape[0] >= sizes.steps - 1, f"{full.shape[0]} steps had {batch} tokens"
+    hits = float(full.sum(dim=(1, 2)).double().mean())
+    context = sizes.prompt_len + (before + made.total()) / 2 / batch
+    info = core.info
+    read = step_bytes(
+        info.memory,
+        num_experts=info.num_layers * info.num_experts,
+        kv_tokens=kv_tokens(core),
+        hits=hits,
+        positions=batch * context,
+    )
+    step_seconds = seconds * batch / timed
     return {
-        "prefill_tokens_per_s": batch_size * prompt_len / (prefilled - start),
-        "decode_tokens_per_s": decoded / (now - prefilled),
-        "step_ms": 1e3 * (now - prefilled) * batch_size / decoded,
+        "context": context,
+        "tok_s": timed / seconds,
+        "step_ms": 1e3 * step_seconds,
+        "median_step_ms": 1e3 * statistics.median(later - sooner for sooner, later in pairwise(marks)),
+        "distinct_experts": hits / info.num_layers,
+        "expert_gb": read.experts / 1e9,
+        "dense_gb": read.dense / 1e9,
+        "kv_gb": read.kv_cache / 1e9,
+        "gb": read.total / 1e9,
+        "tb_per_s": read.total / step_seconds / 1e12,
+        "copy_tb_per_s": copied,
+        "percent_of_roofline": 100 * read.total / step_seconds / 1e12 / copied,
+        "peak_memory_bytes": core.stats().peak_memory_bytes,
     }

@@ -35,7 +35,8 @@ def expert_times(bench: Bench) -> None:
         weights = make_weights(bench, weight_dtype)
         table = tile_table(bench, weight_dtype)
         for num_rows, pattern in product(TINY_ROWS if bench.tiny else ROWS, SIMULATIONS):
-            if bench.part.has_time(f"experts {weight_dtype} {pattern} {num_rows}"):
+            keys = {"weights": _name(weights), "routing": pattern, "rows": num_rows}
+            if bench.is_due("experts", keys):
                 _time(bench, weights, table.choose(num_rows), num_rows, pattern)
 
 
@@ -69,7 +70,7 @@ def _time(bench: Bench, weights: ExpertWeights, tiles: ExpertTiles, num_rows: in
     run = runner(x, weights, routing, tiles, residual := torch.zeros_like(x))
     run()
     error = references.relative_error(residual, references.experts(x, weights, routing))
-    name = str(weights.w13.dtype).removeprefix("torch.")
+    name = _name(weights)
     bench.check(f"experts {name} {pattern} {num_rows}", error, TOLERANCE[weights.w13.dtype.itemsize])
     distinct = len(set(routing.expert_ids.flatten().tolist()))
     bench.time(
@@ -80,6 +81,10 @@ def _time(bench: Bench, weights: ExpertWeights, tiles: ExpertTiles, num_rows: in
         operations=expert_operations(model, num_rows),
         error=error,
     )
+
+
+def _name(weights: ExpertWeights) -> str:
+    return str(weights.w13.dtype).removeprefix("torch.")
 
 
 def runner(x: Tensor, weights: ExpertWeights, routing: Routing, tiles: ExpertTiles, residual: Tensor) -> partial[None]:
@@ -101,8 +106,8 @@ def route_times(bench: Bench) -> None:
     """Routing, its record and the grouping of the experts together."""
     model = bench.model
     for num_rows in TINY_ROWS if bench.tiny else ROWS:
-        if not bench.part.has_time(f"route {num_rows}"):
-            return
+        if not bench.is_due("route", {"rows": num_rows}):
+            continue
         inputs = routing_inputs(num_rows, model.num_experts, model.num_experts_per_tok, bench.device)
         record = RoutingRecord(
             num_layers=1,

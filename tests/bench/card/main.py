@@ -1,13 +1,25 @@
 """Checks and times the engine on one device, and writes what it found to one JSON file.
 
-    python tests/bench/card --out DIR                 # on a GPU: everything but tune
-    python tests/bench/card --out DIR --part kernels  # one part (may be given several times)
-    python tests/bench/card --out DIR --part tune     # measure tiles, and rewrite engine/backends/cuda/tiles.txt
-    python tests/bench/card --out DIR --tiny          # seconds, on any machine: that the script itself works
+    python tests/bench/card --out DIR                  # on a GPU: everything but tune
+    python tests/bench/card --out DIR --part kernels   # one part (may be given several times)
+    python tests/bench/card --out DIR --part tune      # measure tiles, and rewrite engine/backends/cuda/tiles.txt
+    python tests/bench/card --out DIR --tiny           # a minute, on any machine: that the script itself works
+    python tests/bench/card --out DIR --resume         # go on with what DIR/card.json lacks
+    python tests/bench/card --out DIR --wheels WHEELS  # with packages for serve and peer that the machine lacks
+
+    smoke    the backends compute what the reference computes
+    kernels  every kernel against the reference, then its times
+    decode   steps of Mixtral 8x7B at batches of 1 to 256, against the roofline over the experts really touched
+    shapes   throughput offline, at lengths of prompts and answers that others publish
+    serve    over HTTP: a server, and `mixserve bench serve` against it
+    peer     the same model and prompts by transformers
+    tune     the tiles of the experts, from measurements
 
 Needs torch, numpy, safetensors, tokenizers and jinja2, Triton for its kernels, and no installation: it runs from a
-checkout. A part ends within eight minutes; one that fails is recorded with its traceback, the others still run, and the
-exit status is 1. Without a GPU the kernels run, at tiny size, in Triton's interpreter: set TRITON_INTERPRET=1.
+checkout. Serve needs what the server needs, peer transformers; docs/performance.md says how to carry their wheels to a
+machine without a network. A part begins nothing new after seven minutes; one that fails is recorded with its traceback,
+the others still run, and the exit status is 1. Without a GPU the kernels run, at tiny size, in Triton's interpreter:
+set TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -26,7 +38,11 @@ import torch
 
 from engine.startup import pick_device
 from tests.bench.card.decode import decode
+from tests.bench.card.engines import free
+from tests.bench.card.peer import peer
 from tests.bench.card.report import Part, Report, Setting
+from tests.bench.card.serve import serve
+from tests.bench.card.shapes import shapes
 from tests.bench.card.smoke import smoke
 
 
@@ -36,20 +52,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="tiny models only")
     parser.add_argument("--part", action="append", choices=tuple(PARTS), help="default: all but tune")
+    parser.add_argument("--resume", action="store_true", help="keep what card.json has, and measure what is missing")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels, for packages that this machine lacks")
     options = parser.parse_args(argv)
-    setting = Setting(pick_device(options.device), options.tiny, options.out)
+    setting = Setting(pick_device(options.device), options.tiny, options.out, options.wheels)
     head = {"machine": describe(setting.device), "tiny": options.tiny}
-    report = Report(options.out / "card.json", head)
+    try:
+        report = Report(options.out / "card.json", head, resume=options.resume)
+    except ValueError as error:
+        parser.error(str(error))
     for name in options.part or (name for name in PARTS if name != "tune"):
+        if report.is_complete(name):
+            print(f"== {name} is complete", flush=True)
+            continue
         print(f"== {name}", flush=True)
-        part = report.part(name)
+        part = report.part(name, anew=name in ANEW or (name in ANEW_AFTER_ERROR and report.has_failed(name)))
         try:
             PARTS[name](setting, part)
         except Exception:
-            error = traceback.format_exc()
-            print(error, file=sys.stderr, flush=True)
-            part.set(error=error)
-        part.set(seconds=round(part.seconds, 3))
+            error_text = traceback.format_exc()
+            print(error_text, file=sys.stderr, flush=True)
+            part.end(error_text)
+        else:
+            part.end()
+        free(setting.device)
+    if report.incomplete:
+        print(f"not complete, --resume goes on: {', '.join(report.incomplete)}")
     print(f"failed: {', '.join(report.failed)}" if report.failed else "all parts passed")
     return 1 if report.failed else 0
 
@@ -89,8 +117,7 @@ def can_run_kernels(setting: Setting, part: Part) -> bool:
     elif setting.device.type == "cpu" and not setting.tiny:
         reason = "the interpreter is for --tiny"
     if reason is not None:
-        print(f"left out: {reason}", flush=True)
-        part.set(left_out=reason)
+        part.leave_out("kernels", reason)
     return reason is None
 
 
@@ -98,5 +125,12 @@ PARTS: dict[str, Callable[[Setting, Part], None]] = {
     "smoke": smoke,
     "kernels": kernels,
     "decode": decode,
+    "shapes": shapes,
+    "serve": serve,
+    "peer": peer,
     "tune": tune,
 }
+ANEW = frozenset({"smoke", "tune"})
+"""Parts that keep no rows when they are resumed."""
+ANEW_AFTER_ERROR = frozenset({"kernels"})
+"""What was wrong is checked again, with all the rest."""

@@ -40,12 +40,20 @@ TINY = dataclasses.replace(
 TINY_CACHE_BYTES = 1 << 20
 
 
-def as_deep_as_fits(device: torch.device, num_tokens: int, quantization: str | None = None) -> ModelConfig:
+def as_deep_as_fits(
+    device: torch.device, num_tokens: int, quantization: str | None = None, kv_cache_dtype: str = "auto"
+) -> ModelConfig:
     """Mixtral 8x7B with as many of its 32 layers as leave room for `num_tokens` tokens of KV cache."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     for num_layers in range(MIXTRAL_8X7B.num_layers, 0, -1):
         config = dataclasses.replace(MIXTRAL_8X7B, num_layers=num_layers)
-        plan = plan_model(config, quantization=quantization, experts_only=True, memory_bytes=free, max_model_len=4096)
+        plan = plan_model(
+            config,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
+            memory_bytes=free,
+            max_model_len=4096,
+        )
         if plan.fits and plan.max_kv_tokens >= num_tokens:
             return config
     raise RuntimeError("not even one layer of Mixtral 8x7B fits: use --tiny")
