@@ -10,8 +10,10 @@ from server import errors, openapi
 from server.config import ServerConfig
 from server.edge.stack import middleware
 from server.experts import Experts
+from server.feed import Feed
+from server.live import LiveView
 from server.metrics import Metrics
-from server.routes import chat, completions, docs, experts, health, metrics, models, tokenize
+from server.routes import chat, completions, docs, experts, health, metrics, models, page, tokenize
 from server.service import Engine, Service
 from server.version import VERSION
 
@@ -22,7 +24,14 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: ServerConfig) -> Fa
     vocabulary = grammar_vocabulary(tokenizer, engine.info)
     engine.use_vocabulary(vocabulary)
     grammars = GrammarChecker(vocabulary, max_model_len=engine.info.max_model_len)
-    service = Service(engine, tokenizer, config, counters, Experts(engine), grammars)
+    view = LiveView(
+        engine,
+        counters.latency,
+        model_id=config.served_model_name,
+        has_chat=tokenizer.has_chat_template,
+        leaving=lambda: service.draining,
+    )
+    service = Service(engine, tokenizer, config, counters, Experts(engine), grammars, Feed(view.event))
     app = FastAPI(
         title="mixserve",
         version=VERSION,
@@ -34,5 +43,6 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: ServerConfig) -> Fa
     errors.install(app, service.metrics.count_rejected)
     for group in (completions, chat, tokenize, models, experts, health, metrics):
         app.include_router(group.router(service), responses=openapi.EVERYWHERE)
+    app.include_router(page.router())
     app.include_router(docs.router(lambda: openapi.document(app, config, engine.info)))
     return app

@@ -31,7 +31,13 @@ KEYS_VARIABLE = "MIXSERVE_API_KEY"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. Exits 2 on an unknown flag or value."""
     parser = build_parser(
-        serve=_serve, chat=_chat, plan=_plan, upcycle=_upcycle, bench_serve=_bench_serve, bench_offline=_bench_offline
+        serve=_serve,
+        chat=_chat,
+        experts=_experts,
+        plan=_plan,
+        upcycle=_upcycle,
+        bench_serve=_bench_serve,
+        bench_offline=_bench_offline,
     )
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
@@ -142,7 +148,7 @@ def _model(model: str | None, revision: str | None) -> tuple[Path, str]:
 
 def _chat(arguments: argparse.Namespace) -> int:
     from server.terminal.chat import ChatOptions, run_chat
-    from server.terminal.client import ChatError
+    from server.terminal.http import ClientError
     from server.terminal.screen import printable
 
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request, in the midst of the chat
@@ -161,7 +167,27 @@ def _chat(arguments: argparse.Namespace) -> int:
     )
     try:
         return run_chat(options)
-    except ChatError as error:
+    except ClientError as error:
+        raise CommandError(printable(str(error))) from None
+
+
+def _experts(arguments: argparse.Namespace) -> int:
+    from server.terminal.experts import ExpertsOptions, run_experts
+    from server.terminal.http import ClientError
+    from server.terminal.screen import printable
+
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    options = ExpertsOptions(
+        url=arguments.url,
+        api_key=arguments.api_key or _client_key(os.environ),
+        form=arguments.png or arguments.form,
+        since_start=arguments.since_start,
+        colour=not os.environ.get("NO_COLOR"),
+        dumb=os.environ.get("TERM", "dumb") == "dumb",
+    )
+    try:
+        return run_experts(options)
+    except ClientError as error:
         raise CommandError(printable(str(error))) from None
 
 
@@ -174,16 +200,23 @@ def _client_key(environ: Mapping[str, str]) -> str | None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from engine.plan import plan_model
+    from engine.plan_table import comparison, table, variants
     from weights.reader import resolve
 
     plan = plan_model(
         _model_config(resolve(arguments.model, revision=arguments.revision, config_only=True)),
+        device=arguments.device,
         dtype=None if arguments.dtype == "auto" else arguments.dtype,
         quantization=arguments.quantization,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         memory_bytes=arguments.memory,
         max_model_len=arguments.max_model_len,
     )
-    print(json.dumps(plan.to_json_dict(), indent=2) if arguments.json else plan.table())
+    if arguments.compare:
+        plans = variants(plan)
+        print(json.dumps([each.to_json_dict() for each in plans], indent=2) if arguments.json else comparison(plans))
+    else:
+        print(json.dumps(plan.to_json_dict(), indent=2) if arguments.json else table(plan))
     return 0
 
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 BACKENDS = ("auto", "cpu", "cuda", "torch", "reference")
 QUANTIZATIONS = ("int8", "fp8")
+KV_CACHE_DTYPES = ("auto", "fp8")
 BOOLEAN = argparse.BooleanOptionalAction
 
 
@@ -37,7 +38,7 @@ def number(low: float, high: float, *, above: bool = False) -> Callable[[str], f
 
 
 def memory(text: str) -> int:
-    from engine.plan import parse_memory
+    from engine.machine import parse_memory
 
     try:
         return parse_memory(text)

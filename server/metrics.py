@@ -12,6 +12,8 @@ from prometheus_client.registry import Collector
 from engine.types import EngineStats
 from server.expert_metrics import ExpertCollector
 from server.experts import ExpertScrape
+from server.protocol.live import Latency
+from server.recent import RECENT_SECONDS, RecentTimes
 
 _FIRST_TOKEN_BUCKETS = (
     0.001,
@@ -54,6 +56,7 @@ class Metrics:
             return Counter(f"mixserve_{name}", text, ["model_name", *labels], registry=self._registry)
 
         self._model_name = model_name
+        self._recent_first, self._recent_inter = RecentTimes(), RecentTimes()
         self._first_token = histogram("time_to_first_token_seconds", "Submission to first token.", _FIRST_TOKEN_BUCKETS)
         self._inter_token = histogram("inter_token_latency_seconds", "Between two tokens.", _TOKEN_BUCKETS)
         self._e2e = histogram("e2e_request_latency_seconds", "Submission to last token.", _REQUEST_BUCKETS)
@@ -63,7 +66,17 @@ class Metrics:
         self._aborted = counter("requests_aborted", "Requests whose client left.").labels(model_name)
 
     def start_request(self) -> RequestTimer:
-        return RequestTimer(self._queue, self._first_token, self._inter_token, self._e2e)
+        return RequestTimer(
+            self._queue, self._first_token, self._inter_token, self._e2e, self._recent_first, self._recent_inter
+        )
+
+    def latency(self) -> Latency:
+        """Of the last minute."""
+        return {
+            "seconds": RECENT_SECONDS,
+            "time_to_first_token": self._recent_first.percentiles(),
+            "inter_token": self._recent_inter.percentiles(),
+        }
 
     def count_success(self, finish_reason: str) -> None:
         self._success.labels(self._model_name, finish_reason).inc()
@@ -88,11 +101,21 @@ class Metrics:
 class RequestTimer:
     """Times one request from its submission."""
 
-    def __init__(self, queue: Histogram, first_token: Histogram, inter_token: Histogram, e2e: Histogram) -> None:
+    def __init__(
+        self,
+        queue: Histogram,
+        first_token: Histogram,
+        inter_token: Histogram,
+        e2e: Histogram,
+        recent_first: RecentTimes,
+        recent_inter: RecentTimes,
+    ) -> None:
         self._queue = queue
         self._first_token = first_token
         self._inter_token = inter_token
         self._e2e = e2e
+        self._recent_first = recent_first
+        self._recent_inter = recent_inter
         self._start = self._last = time.monotonic()
         self._num_tokens = 0
 
@@ -107,13 +130,20 @@ class RequestTimer:
         now = time.monotonic()
         if self._num_tokens == 0:
             self._first_token.observe(now - self._start)
+            self._recent_first.note(now - self._start)
         else:
             self._inter_token.observe((now - self._last) / count)
+            self._recent_inter.note((now - self._last) / count)
         self._last = now
         self._num_tokens += count
 
     def finish(self) -> None:
         self._e2e.observe(time.monotonic() - self._start)
+
+
+def kv_cache_usage(stats: EngineStats) -> float:
+    """The share in use; 1 is all."""
+    return 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
 
 
 class EngineCollector(Collector):
@@ -125,10 +155,9 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
-        used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
         yield self._gauge("num_requests_running", "Requests in the batch.", stats.num_running)
         yield self._gauge("num_requests_waiting", "Requests in the queue.", stats.num_waiting)
-        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all.", used)
+        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all.", kv_cache_usage(stats))
         yield self._gauge("engine_peak_memory_bytes", "Highest memory use of the engine.", stats.peak_memory_bytes)
         yield self._counter("num_preemptions", "Requests put back for want of KV cache.", stats.num_preemptions)
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries)

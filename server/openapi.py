@@ -22,6 +22,7 @@ from server.protocol import fields
 from server.protocol.chat import ChatChunk
 from server.protocol.completion import Completion
 from server.protocol.errors import ErrorBody
+from server.protocol.live import LiveEvent
 
 _VERSION = "3.2.0"
 """The first that can say what the events of a stream are."""
@@ -67,6 +68,11 @@ def responses(model: type[Any], *errors: int, chunk: type[Any] | None = None) ->
     return {200: ok} | _errors(*errors)
 
 
+def stream_of(event: type[Any]) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that answers with nothing but a stream of `event`s."""
+    return {200: {"content": {"text/event-stream": {"itemSchema": _event(event)}}}}
+
+
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
 
@@ -74,7 +80,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def _event(chunk: type[Any]) -> dict[str, Any]:
     content = [{"$ref": _REF + kind.__name__} for kind in (chunk, ErrorBody)]
     data = {
-        "description": "A chunk, in the end `[DONE]`. When the request fails on the way: an error, and no `[DONE]`.",
+        "description": "An object, in the end `[DONE]`. When the request fails on the way: an error, and no `[DONE]`.",
         "anyOf": [
             {"const": "[DONE]"},
             {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": content}},
@@ -124,7 +130,7 @@ def _correct_operation(operation: dict[str, Any], *, needs_key: bool) -> None:
 def _correct_schemas(schemas: dict[str, Any], defaults: SamplingDefaults) -> None:
     for name in ("ValidationError", "HTTPValidationError"):
         schemas.pop(name, None)
-    for chunk in (ChatChunk, Completion):
+    for chunk in (ChatChunk, Completion, LiveEvent):
         schema = TypeAdapter(chunk).json_schema(ref_template=_REF + "{model}")
         schemas |= schema.pop("$defs") | {chunk.__name__: schema}
     for name, schema in schemas.items():

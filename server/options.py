@@ -15,7 +15,18 @@ from engine.config import EngineConfig
 from server.bench.options import add_bench_offline_options, add_bench_serve_options
 from server.config import ServerConfig
 from server.edge.keys import ApiKey
-from server.flags import BACKENDS, BOOLEAN, COUNT, DTYPES, QUANTIZATIONS, integer, memory, number, server_url
+from server.flags import (
+    BACKENDS,
+    BOOLEAN,
+    COUNT,
+    DTYPES,
+    KV_CACHE_DTYPES,
+    QUANTIZATIONS,
+    integer,
+    memory,
+    number,
+    server_url,
+)
 from server.version import VERSION
 from weights.config import ROUTER_TYPES
 
@@ -23,7 +34,14 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def build_parser(
-    *, serve: Command, chat: Command, plan: Command, upcycle: Command, bench_serve: Command, bench_offline: Command
+    *,
+    serve: Command,
+    chat: Command,
+    experts: Command,
+    plan: Command,
+    upcycle: Command,
+    bench_serve: Command,
+    bench_offline: Command,
 ) -> argparse.ArgumentParser:
     """The parser of `mixserve`; what it parses has the chosen command in `command`."""
     parser = argparse.ArgumentParser(
@@ -43,6 +61,7 @@ def build_parser(
 
     _add_serve_options(add("serve", "serve a model over an OpenAI-compatible HTTP API", serve))
     _add_chat_options(add("chat", "chat in the terminal with the model of a running server", chat))
+    _add_experts_options(add("experts", "show what the experts of a running server do", experts))
     _add_plan_options(add("plan", "say what a model takes in memory, before anything is loaded", plan))
     _add_upcycle_options(add("upcycle", "turn a dense Llama or Mistral into a mixture of experts", upcycle))
     bench = commands.add_parser("bench", help="measure a running server, or the engine alone", allow_abbrev=False)
@@ -104,14 +123,16 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
         engine.add_argument(flag, help=f"{text}{shown}".replace("%", "%%"), default=argparse.SUPPRESS, **kwargs)
 
     option("--device", "where the model runs", choices=("auto", "cpu", "cuda"))
-    option("--dtype", "of weights and KV cache", choices=DTYPES)
+    option("--dtype", "of weights and activations", choices=DTYPES)
     option("--backend", "what computes the layers", choices=BACKENDS)
     option("--quantization", "weights of 8 bits with scales, made while loading; default: none", choices=QUANTIZATIONS)
+    option("--kv-cache-dtype", "of the KV cache: auto is the dtype, fp8 is for backend cuda", choices=KV_CACHE_DTYPES)
     option("--load-format", "dummy: random weights of the right shapes", choices=("auto", "dummy"))
     option("--max-model-len", "longest sequence in tokens; without it, the model's context", **COUNT)
     option("--max-num-seqs", "sequences in a batch", **COUNT)
-    option("--max-num-batched-tokens", "tokens a step", **COUNT)
+    option("--max-num-batched-tokens", "tokens a step; without it, by device and model", **COUNT)
     option("--max-num-queued-requests", "requests that may wait before more are refused", type=integer(0), metavar="N")
+    option("--enforce-eager", "on backend cuda, replay no CUDA graphs", action="store_true")
     option("--gpu-memory-utilization", "share of a GPU's memory to use", type=number(0, 1, above=True), metavar="SHARE")
     option(
         "--kv-cache-memory-bytes",
@@ -195,13 +216,43 @@ def _add_chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=integer(-(2**63), 2**63 - 1), metavar="N", help="for every answer")
 
 
+def _add_experts_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "url",
+        metavar="URL",
+        type=server_url,
+        nargs="?",
+        default="http://127.0.0.1:8000",
+        help="of a running server; default: %(default)s",
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="default: $MIXSERVE_API_KEY, else $OPENAI_API_KEY")
+    parser.add_argument(
+        "--since-start", action="store_true", help="of all steps since the start or a reset; default: the latest steps"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--once", dest="form", action="store_const", const="once", help="default where it is no terminal")
+    form.add_argument("--json", dest="form", action="store_const", const="json", help="one report for machines")
+    form.add_argument("--png", type=Path, metavar="FILE", help="a picture for reports; needs Pillow")
+    parser.set_defaults(form="live")
+
+
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder with a config.json, a .gguf file or a repository id")
     parser.add_argument("--revision", help="branch, tag or commit of a repository; default: main")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="weights of 8 bits; default: none")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU where there is one or where --memory names its memory; default: %(default)s",
+    )
     parser.add_argument("--memory", type=memory, metavar="SIZE", help="80GiB, 141GB or bytes; default: this device's")
     parser.add_argument("--max-model-len", help="longest sequence in tokens; default: the model's context", **COUNT)
+    parser.add_argument(
+        "--compare", action="store_true", help="every kind of weights and KV cache that the device has, side by side"
+    )
     parser.add_argument("--json", action="store_true", help="for machines")
 
 

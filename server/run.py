@@ -201,7 +201,7 @@ async def _until_end(engine: Engine, service: Service, signals: _Signals, config
     death = asyncio.create_task(engine.wait_dead())
     try:
         await _first(death, signals.first.wait())
-        service.draining = True
+        service.drain()
         if not death.done():
             log.info("shutting down: %d requests are running, new ones are refused", service.num_inflight)
             await _first(death, signals.second.wait(), service.idle.wait(), seconds=config.shutdown_timeout)

@@ -16,6 +16,7 @@ from engine.types import CapacityWhatIf, EngineInfo, EngineStats, ExpertReport, 
 from server.config import ServerConfig
 from server.errors import ApiError, BadRequestError, overloaded
 from server.experts import Experts
+from server.feed import Feed
 from server.metrics import Metrics
 
 
@@ -58,6 +59,8 @@ class Service:
     metrics: Metrics
     experts: Experts
     grammars: GrammarChecker
+    feed: Feed
+    """Of GET /v1/experts/events."""
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     num_inflight: int = 0
@@ -78,6 +81,11 @@ class Service:
         self.num_inflight -= 1
         if self.num_inflight == 0:
             self.idle.set()
+
+    def drain(self) -> None:
+        """Take no new requests; whoever listens is told."""
+        self.draining = True
+        self.feed.hurry()
 
     def check_admission(self) -> None:
         """Raises the 503 of a server that is about to leave."""
@@ -103,4 +111,5 @@ class Service:
 
     async def close(self) -> None:
         """End what this state has started, which is not the engine."""
+        await self.feed.close()
         await self.grammars.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
-from engine.types import EngineInfo
+from engine.types import EngineInfo, MemoryUse
 
 
 def summary(info: EngineInfo, *, model_name: str, url: str, chat: bool, needs_key: bool) -> str:
@@ -27,8 +27,8 @@ def summary(info: EngineInfo, *, model_name: str, url: str, chat: bool, needs_ke
             f"  routing   {_routing(info)}",
             f"  batch     up to {info.max_num_seqs} sequences of {info.max_model_len:,} tokens, "
             f"{info.max_num_batched_tokens:,} tokens a step; activations {_size(memory.activations)}",
-            f"  memory    {_size(sum(memory.weights.values()) + memory.kv_cache + memory.activations)} "
-            f"of {_size(memory.total)}",
+            f"  memory    {_size(_in_all(memory))} of {_size(memory.total)}",
+            *_measured(memory),
             *_warning(info),
             "",
             f"Serving on {url}. Try:",
@@ -37,6 +37,20 @@ def summary(info: EngineInfo, *, model_name: str, url: str, chat: bool, needs_ke
             "",
         ]
     )
+
+
+def _in_all(memory: MemoryUse) -> int:
+    return sum(memory.weights.values()) + memory.kv_cache + memory.activations + memory.graphs
+
+
+def _measured(memory: MemoryUse) -> list[str]:
+    """One line, where anything was: measured, and how far off what was planned."""
+    parts = [
+        f"{kind} {_size(size)} (planned {_size(planned)}{f', {size / planned - 1:+.1%}' if planned else ''})"
+        for kind, size in memory.measured.items()
+        if (planned := memory.predicted[kind]) or size
+    ]
+    return [f"  measured  {', '.join(parts)}"] if parts else []
 
 
 def _routing(info: EngineInfo) -> str:

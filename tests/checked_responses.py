@@ -17,7 +17,7 @@ import httpx
 import httpx2
 
 from tests.shape_checks import check, check_stream
-from tests.shapes import CHUNKS, NOT_JSON, WHOLE
+from tests.shapes import CHUNKS, LIVE, NOT_JSON, WHOLE
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def check_response_of_some_path(status: int, headers: Mapping[str, str], content
     if kind not in ("application/json", "text/event-stream"):
         return
     wrong = []
-    for path in CHUNKS if kind == "text/event-stream" else WHOLE:
+    for path in CHUNKS | LIVE if kind == "text/event-stream" else WHOLE:
         try:
             check_response(path, status, headers, content)
         except (AssertionError, ValueError, KeyError) as error:

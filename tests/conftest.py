@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.checked_responses import checked_responses
+from tests.e2e.browser.installed import missing_browser
 from tests.e2e.node_client import missing_node
 from tests.engine.kernels.older import VERSION as OLDER_TRITON
 from tests.engine.kernels.older import missing_older
@@ -80,6 +81,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     for what, name, why in (
         ("TESTS WITH THE NODE CLIENT", "test_node_client", f"tests/e2e/node: {missing_node()}"),
+        ("TESTS IN A BROWSER", "e2e/browser", missing_browser()),
         ("TESTS OF THE GPU KERNELS", "engine/kernels", missing_triton()),
         (f"COMPILE GATES OF TRITON {OLDER_TRITON}", "test_older_triton", missing_older()),
     ):

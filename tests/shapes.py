@@ -203,6 +203,53 @@ OVERFLOW: Shape = {
     "by_expert": [[natural]],
 }
 
+# The events of GET /v1/experts/events.
+PERCENTILES: Shape = {"count": natural, "p50": float, "p90": float, "p99": float}
+ROUTING_SHARE: Shape = {
+    "tokens": natural,
+    "steps": natural,
+    "share": [[float]],
+    "dropped": [[natural]],
+    "drop_share": [float],
+    "entropy": [float],
+    "entropy_share": [float],
+    "imbalance": [float],
+    "effective_batch": [float],
+    "distinct_experts": [float],
+}
+LIVE_EVENT: Shape = {
+    "time": float,
+    "health": {"status": {"ok", "busy", "silent", "dead", "shutting_down"}, "message": (filled, None)},
+    "model": {
+        **dict.fromkeys(("id", "model_type", "device", "dtype", "backend", "router"), filled),
+        **dict.fromkeys(("num_layers", "num_experts", "num_experts_per_tok", "max_experts_per_tok"), natural),
+        **dict.fromkeys(("total_params", "active_params", "expert_params", "max_model_len", "max_num_seqs"), natural),
+        **dict.fromkeys(("chat", "record_routing", "enable_prefix_caching"), bool),
+        "capacity_factor": (float, None),
+        "routing_simulation": ({"even", "zipf", "one"}, None),
+    },
+    "engine": {
+        **dict.fromkeys(("num_running", "num_waiting", "num_preemptions", "recomputed_tokens", "num_steps"), natural),
+        **dict.fromkeys(("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens"), natural),
+        "kv_cache_usage": float,
+        "prefix_cache_hit_rate": (float, None),
+    },
+    "throughput": (
+        {"seconds": float, "prompt_tokens_per_second": float, "output_tokens_per_second": float},
+        None,
+    ),
+    "latency": {
+        "seconds": natural,
+        "time_to_first_token": (PERCENTILES, None),
+        "inter_token": (PERCENTILES, None),
+    },
+    "memory": {
+        "weights": {str: natural},
+        **dict.fromkeys(("kv_cache", "activations", "total", "peak"), natural),
+    },
+    "routing": ({"recomputed_tokens": natural, "window": ROUTING_SHARE, "total": ROUTING_SHARE}, None),
+}
+
 WHOLE: dict[str, Shape] = {
     "/v1/completions": COMPLETION,
     "/v1/chat/completions": CHAT_COMPLETION,
@@ -232,5 +279,7 @@ WHOLE: dict[str, Shape] = {
 }
 """What each path answers with status 200."""
 CHUNKS: dict[str, Shape] = {"/v1/completions": COMPLETION_CHUNK, "/v1/chat/completions": CHAT_CHUNK}
-NOT_JSON = re.compile(r"/metrics|/|/docs(/.*)?")
-"""Paths whose answer is no JSON."""
+LIVE: dict[str, Shape] = {"/v1/experts/events": LIVE_EVENT}
+"""The events of streams that go on as long as the server."""
+NOT_JSON = re.compile(r"(/mixserve)?(/metrics|/|/(docs|page)(/.*)?)")
+"""Paths whose answer is no JSON, also under the --root-path of the tests."""

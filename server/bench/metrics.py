@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from server.bench.answer import Answer, Failure, Outcome
+from server.percentile import percentile
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
 """Time to first token, time per output token, inter-token latency, end-to-end latency."""
@@ -147,14 +148,6 @@ def spread(seconds: Iterable[float]) -> Spread | None:
         p90=percentile(values, 90),
         p99=percentile(values, 99),
     )
-
-
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Between the two nearest of the `ordered` values in proportion, as numpy does it."""
-    place = (len(ordered) - 1) * percent / 100
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
 def _is_good(answer: Answer, goodput: Mapping[str, float]) -> bool:

@@ -13,7 +13,7 @@ from server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health", "/ready", "/version"})
 """To be read without a key: none of them holds data."""
-_DOCS_ASSET = re.compile(r"/docs(/[\w-][\w.-]*)+", re.ASCII)
+_ASSET = re.compile(r"/(docs|page)(/[\w-][\w.-]*)+", re.ASCII)
 """No part of it begins with a dot, so none leaves the folder."""
 
 
@@ -41,7 +41,7 @@ class Auth:
 
 def is_open(method: str, path: str) -> bool:
     """Whether a request needs no key."""
-    return method in ("GET", "HEAD") and (path in OPEN_PATHS or _DOCS_ASSET.fullmatch(path) is not None)
+    return method in ("GET", "HEAD") and (path in OPEN_PATHS or _ASSET.fullmatch(path) is not None)
 
 
 def _bearer_token(scope: Scope) -> bytes | None:

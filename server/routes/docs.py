@@ -13,44 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.staticfiles import StaticFiles
 
 from server.json_io import dump
+from server.static_folder import StaticFolder
 
 _FOLDER = Path(__file__).parent.parent / "static" / "swagger"
-
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "Cache-Control": "no-cache",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
 def router(document: Callable[[], Mapping[str, Any]]) -> APIRouter:
     """`document` makes the OpenAPI document, when it is first asked for."""
     routes = APIRouter(include_in_schema=False)
-    static = StaticFiles(directory=_FOLDER)
+    folder = StaticFolder(_FOLDER)
     written = cache(lambda: dump(document()))
 
     @routes.get("/openapi.json")
     async def openapi() -> Response:
         return Response(await asyncio.to_thread(written), media_type="application/json")
 
-    async def file(name: str, request: Request) -> Response:
-        response = await static.get_response(name, request.scope)
-        response.headers.update(_HEADERS)
-        return response
-
     @routes.get("/docs")
     async def page(request: Request) -> Response:
-        return await file("index.html", request)
+        return await folder.response("index.html", request.scope)
 
     @routes.get("/docs/{name}")
     async def asset(name: str, request: Request) -> Response:
-        return await file(name, request)
+        return await folder.response(name, request.scope)
 
     return routes

@@ -1,4 +1,4 @@
-"""GET /v1/experts, GET /v1/experts/what_if and POST /v1/experts/reset: how evenly the experts work."""
+"""GET /v1/experts and what is under it: how evenly the experts work, now and every second."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from fastapi import APIRouter, Query, Response
 
 from engine.types import CapacityWhatIf, ExpertReport
 from server.json_io import JsonResponse
-from server.openapi import responses
+from server.openapi import responses, stream_of
 from server.protocol import fields
+from server.protocol.live import LiveEvent
 from server.protocol.routing import Overflow, WhatIf
 from server.protocol.status import Reset
 from server.service import Service
+from server.stream import EventStream
 
 _FACTOR = "Tokens that an expert would take of a batch, over an even share."
 
@@ -24,6 +26,16 @@ def router(service: Service) -> APIRouter:
     @routes.get("/v1/experts", summary="How evenly the experts work", responses=responses(ExpertReport, 400))
     async def experts() -> Response:
         return JsonResponse(await service.experts.report())
+
+    @routes.get(
+        "/v1/experts/events",
+        summary="What the server does, once a second",
+        response_class=Response,
+        responses=stream_of(LiveEvent),
+    )
+    async def events() -> Response:
+        listener = service.feed.listen()
+        return EventStream(listener.events(), listener.close)
 
     @routes.get(
         "/v1/experts/what_if", summary="What a capacity limit would have dropped", responses=responses(WhatIf, 400)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -11,9 +10,10 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.terminal.client import ChatClient, ChatError, Piece, Turn
+from server.terminal.client import ChatClient, Piece, Turn
+from server.terminal.http import ClientError
 from server.terminal.lines import Lines, plain_lines, read_message, typed_lines
-from server.terminal.screen import Screen
+from server.terminal.screen import Screen, discard_output
 
 HELP = """\
 /system [TEXT]  show the system text, or set it; /system "" clears it
@@ -46,7 +46,7 @@ class ChatOptions:
 def run_chat(options: ChatOptions) -> int:
     """Chat until the user leaves; the exit code: 0, or 1 if something went wrong and nobody typed at a terminal.
 
-    Raises ChatError when the server cannot be asked for its model.
+    Raises ClientError when the server cannot be asked for its model.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -63,8 +63,8 @@ def run_chat(options: ChatOptions) -> int:
             return 0
         try:
             return 0 if chat.run(plain_lines(sys.stdin)) else 1
-        except BrokenPipeError:  # whoever read the answers has left; Python will still flush
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:
+            discard_output()
             return 1
 
 
@@ -186,7 +186,7 @@ class Chat:
                 for piece in pieces:
                     answer.add(piece)
                     self._screen.text(piece.text)
-        except ChatError as error:
+        except ClientError as error:
             words = str(error)
             if error.code == "context_length_exceeded" or "context" in words:  # not all servers have the code
                 words = f"{words.rstrip('.')}; /reset forgets the conversation"

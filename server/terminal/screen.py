@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TextIO
 
 # C0 and DEL have pictures in Unicode, C1 has none. A carriage return could only hide what stands before it: it goes.
@@ -15,6 +17,11 @@ _DIM, _NORMAL = "\x1b[2m", "\x1b[0m"
 def printable(text: str) -> str:
     """`text` with every control character but tab and line feed made visible, and without carriage returns."""
     return text.translate(_SHOWN)
+
+
+def discard_output() -> None:
+    """Whoever read standard output has left, and Python will still flush it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Screen:

@@ -104,6 +104,8 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.routed: list[TokenRouting] = []
+        self.num_reports = 0
+        """How often the routing was asked for."""
         self._running: list[_Live] = []
         self._waiting: list[_Live] = []
         self._resumed = asyncio.Event()
@@ -166,6 +168,7 @@ class FakeEngine:
                     live.events.put_nowait(TokenEvent(request_id=request_id, finish_reason=FinishReason.ABORT))
 
     async def expert_report(self) -> ExpertReport:
+        self.num_reports += 1
         await self._answer()
         return fake_report(self.routed, self.info)
 

@@ -68,8 +68,9 @@ def parse(*argv: str) -> EngineConfig:
         return 0
 
     parser = build_parser(
-        serve=nothing, chat=nothing, plan=nothing, upcycle=nothing, bench_serve=nothing, bench_offline=nothing
-    )
+        serve=nothing, chat=nothing, experts=nothing, plan=nothing, upcycle=nothing, bench_serve=nothing,
+        bench_offline=nothing,
+    )  # fmt: skip
     return engine_config(parser.parse_args(["serve", *argv]), Path("/checkpoint"))
 
 
@@ -79,6 +80,10 @@ def parse(*argv: str) -> EngineConfig:
         [],
         ["nothing"],
         ["serve", "m", "more"],
+        ["experts", "127.0.0.1:8000"],
+        ["experts", "--once", "--json"],
+        ["experts", "--json", "--png", "x.png"],
+        ["experts", "--png"],
         ["serve", "--unknown"],
         ["serve", "--quantization", "int4"],
         ["serve", "--max-model", "5"],  # no abbreviations
@@ -118,7 +123,8 @@ def parse(*argv: str) -> EngineConfig:
         ["chat", "--seed", "x"],
         ["plan"],
         ["plan", "m", "--memory", "lots"],
-        ["plan", "m", "--kv-cache-dtype", "fp8"],
+        ["plan", "m", "--kv-cache-dtype", "int8"],
+        ["plan", "m", "--device", "tpu"],
         ["upcycle", "dense"],
         ["upcycle", "dense", "out", "--experts", "1"],
         ["upcycle", "dense", "out", "--noise", "-1"],
@@ -199,6 +205,35 @@ def test_plan_of_a_folder_with_only_a_config(tmp_path: Path, capsys: pytest.Capt
     table = capsys.readouterr().out
     assert "46,702,792,704" in table
     assert "1,000 tokens" in table
+
+
+def test_plan_compares_weights_and_caches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
+    argv = ["plan", str(tmp_path), "--memory", "80GiB"]
+    assert main([*argv, "--compare"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[0] == "weights"
+    assert [line.split()[:2] for line in lines] == [
+        [weights, cache] for weights in ("bfloat16", "fp8", "int8") for cache in ("bfloat16", "fp8")
+    ]
+    assert main([*argv, "--compare", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    for plan, line in zip(plans, lines, strict=True):
+        assert f"{plan['max_kv_tokens']:,}" in line.split()
+        options = [] if plan["quantization"] is None else ["--quantization", plan["quantization"]]
+        assert main([*argv, "--json", "--kv-cache-dtype", plan["kv_cache_dtype"], *options]) == 0
+        assert json.loads(capsys.readouterr().out) == plan
+
+
+def test_plan_for_a_cpu_has_what_a_cpu_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
+    argv = ["plan", str(tmp_path), "--memory", "80GiB", "--device", "cpu", "--quantization"]
+    assert main([*argv, "int8", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["backend"], plan["max_num_batched_tokens"], plan["graph_bytes"]) == ("cpu", 160, 0)
+    assert plan["weight_bytes"] < 47e9, "all that is large is int8"
+    assert main([*argv, "fp8"]) == 1
+    assert capsys.readouterr().err == "mixserve: error: backend cpu has no fp8 weights\n"
 
 
 def test_plan_of_a_repository_fetches_its_configuration_alone(tmp_path: Path) -> None:

@@ -25,10 +25,23 @@ def status_and_headers(front: Front, path: str, *headers: tuple[bytes, bytes]) -
 def test_alive_but_not_ready(prefix: str) -> None:
     front = Front(EDGE)
     assert status_and_headers(front, f"{prefix}/health")[0] == 200
-    for path, headers in (("/ready", ()), ("/", ()), ("/v1/models", (AUTH,)), ("/v1/completions", (AUTH,))):
+    for path, headers in (
+        *(("/ready", ()), ("/docs", ()), ("/page/nothing", ()), ("/v1/models", (AUTH,))),
+        *(("/v1/completions", (AUTH,)), ("/v1/experts/events", (AUTH,))),
+    ):
         status, found = status_and_headers(front, prefix + path, *headers)
         assert status == 503
         assert int(found[b"retry-after"]) > 0
+
+
+@pytest.mark.parametrize("prefix", ["", "/mixserve"])
+def test_the_page_is_there_before_the_model(prefix: str) -> None:
+    front = Front(EDGE)
+    for path in ("/", "/page/index.html"):
+        status, found = status_and_headers(front, prefix + path)
+        assert (status, found[b"content-type"]) == (200, b"text/html; charset=utf-8")
+        assert b"script-src 'self'" in found[b"content-security-policy"]
+    assert call(front, method="POST", path=f"{prefix}/", headers=(AUTH,))[0]["status"] == 503
 
 
 def test_keys_ids_and_origins_hold_from_the_start(caplog: pytest.LogCaptureFixture) -> None:

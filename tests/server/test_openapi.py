@@ -24,6 +24,7 @@ STATUSES = {
     ("get", "/v1/models"): {"200", "401"},
     ("get", "/v1/models/{model_id}"): {"200", "401", "404"},
     ("get", "/v1/experts"): {"200", "400", "401"},
+    ("get", "/v1/experts/events"): {"200", "401"},
     ("get", "/v1/experts/what_if"): {"200", "400", "401"},
     ("post", "/v1/experts/reset"): {"200", "400", "401"},
     ("get", "/health"): {"200"},
@@ -212,6 +213,11 @@ def test_what_an_answer_is(page: dict[str, Any]) -> None:
         content = operation["responses"]["200"]["content"]
         if path == "/metrics":
             assert content == {"text/plain": {"schema": {"type": "string"}}}
+            continue
+        if path == "/v1/experts/events":
+            assert content.keys() == {"text/event-stream"}
+            _, event = content["text/event-stream"]["itemSchema"]["properties"]["data"]["anyOf"]
+            assert event["contentSchema"] == {"anyOf": [{"$ref": "#/components/schemas/LiveEvent"}, ERROR]}
             continue
         assert schemas[content["application/json"]["schema"]["$ref"].rpartition("/")[2]]["required"]
         streams = {"/v1/completions": "Completion", "/v1/chat/completions": "ChatChunk"}

@@ -57,22 +57,36 @@ class Server:
 class Client(threading.Thread):
     """One client of one stream: its events, or the status it got instead."""
 
-    def __init__(self, server: Server, **body: Any) -> None:
+    def __init__(
+        self, server: Server, *, path: str = "/v1/completions", method: str = "POST", **body: Any
+    ) -> None:  # fmt: skip
         super().__init__()
         self.events: list[str] = []
         self.status = 0
         self.ended = 0.0
-        self._url = f"{server.url}/v1/completions"
+        self._url = server.url + path
+        self._method = method
         self._body = {"prompt": "Hi", "stream": True} | body
         self.start()
 
     def run(self) -> None:
-        with httpx2.stream("POST", self._url, json=self._body, timeout=30) as response:
+        with httpx2.stream(self._method, self._url, json=self._body, timeout=30) as response:
             self.status = response.status_code
             for line in response.iter_lines():
                 if line.startswith("data: "):
                     self.events.append(line.removeprefix("data: "))
         self.ended = time.monotonic()
+
+
+class Watcher(Client):
+    """One reader of what the server does in each second."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server, path="/v1/experts/events", method="GET")
+
+    @property
+    def health(self) -> list[str]:
+        return [json.loads(event)["health"]["status"] for event in self.events if event != "[DONE]"]
 
 
 def wait_for_tokens(*clients: Client) -> None:
@@ -148,6 +162,27 @@ def test_a_loaded_server_finishes_what_it_runs_and_refuses_more(start: Start) ->
     assert server.exit_code(within=4) == 0
 
 
+def test_who_watches_does_not_hold_up_the_end_and_is_told_of_it(start: Start) -> None:
+    server = start()
+    idle = Watcher(server)
+    wait_for_tokens(idle)
+    server.signal()
+    assert server.exit_code(within=1.5) == 0, "not only once HTTP gives up waiting"
+    idle.join(10)
+    assert idle.events[-1] == "[DONE]"
+
+    server = start()
+    watcher, client = Watcher(server), Client(server, max_tokens=60)
+    wait_for_tokens(watcher, client)
+    server.signal()
+    assert server.exit_code(within=4) == 0
+    watcher.join(10)
+    assert watcher.health[-1] == "shutting_down"
+    assert watcher.events[-1] == "[DONE]"
+    client.join(10)
+    assert client.events[-1] == "[DONE]"
+
+
 def test_a_second_signal_ends_everything(start: Start) -> None:
     server = start()
     client = Client(server, max_tokens=240, ignore_eos=True)
@@ -176,7 +211,8 @@ def test_draining_has_an_end(start: Start) -> None:
 def test_the_death_of_the_engine(start: Start) -> None:
     server = start()
     clients = [Client(server, max_tokens=240, stream=True) for _ in range(3)]
-    wait_for_tokens(*clients)
+    watcher = Watcher(server)
+    wait_for_tokens(watcher, *clients)
     killed = time.monotonic()
     killer = Client(server, prompt=[7])
     server.wait("/health", 503, seconds=3)
@@ -185,6 +221,10 @@ def test_the_death_of_the_engine(start: Start) -> None:
         assert client.ended - killed < 2
         assert json.loads(client.events[-1])["error"]["code"] == "engine_dead"
     assert server.exit_code(within=4) == 1
+    watcher.join(10)
+    assert watcher.health[-1] == "dead"
+    assert "killed by a test" in watcher.events[-2]
+    assert watcher.events[-1] == "[DONE]"
     assert "killed by a test" in server.process.communicate()[1]
 
 

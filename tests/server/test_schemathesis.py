@@ -36,6 +36,7 @@ def test_no_request_gets_an_answer_that_is_not_documented(tokenizer: Tokenizer, 
             *(str(Path(sys.executable).with_name("schemathesis")), "--no-color", "run", f"{live.url}/openapi.json"),
             *("--header", f"Authorization: Bearer {KEY}", "--exclude-checks", "positive_data_acceptance"),
             *("--generation-deterministic", "--max-examples", str(NUM_EXAMPLES), "--continue-on-failure"),
+            *("--exclude-path", "/v1/experts/events"),  # which does not end
             *("--workers", "1", "--request-timeout", "20", "--report", "ndjson", "--report-ndjson-path", "report"),
         ]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)

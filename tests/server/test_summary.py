@@ -30,6 +30,25 @@ def test_it_says_what_was_loaded_and_where_memory_went() -> None:
         assert part in text
 
 
+def test_it_says_how_far_the_plan_was_off() -> None:
+    memory = replace(
+        fake_info().memory,
+        graphs=2 * 10**8,
+        predicted={"weights": 48 * 10**9, "CUDA graphs": 0, "KV cache": 20 * 10**9},
+        measured={"weights": 48_480_000_000, "CUDA graphs": 3_000_000, "KV cache": 19 * 10**9},
+    )
+    text = summary(replace(fake_info(), memory=memory), model_name="m", url="u", chat=True, needs_key=False)
+    assert (
+        "  measured  weights 48.48 GB (planned 48.00 GB, +1.0%), CUDA graphs 3.0 MB (planned 0.0 MB), "
+        "KV cache 19.00 GB (planned 20.00 GB, -5.0%)\n"
+    ) in text
+    assert "6.27 GB of 68.72 GB" in text, "graphs count"
+
+
+def test_nothing_measured_is_not_said() -> None:
+    assert "measured" not in summary(fake_info(), model_name="m", url="u", chat=True, needs_key=False)
+
+
 def test_nothing_to_load_takes_no_time() -> None:
     info = replace(fake_info(), load_seconds=0.0, load_bytes=0)
     assert "(0.00 GB/s)" in summary(info, model_name="m", url="http://x", chat=True, needs_key=False)

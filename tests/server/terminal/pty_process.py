@@ -1,4 +1,4 @@
-"""`python -m server chat` at a terminal of its own, typed at and read by a test."""
+"""`python -m server chat`, or another command, at a terminal of its own, typed at and read by a test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -27,9 +27,10 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if os.isatty(0):
     os.close(os.open(os.ttyname(0), os.O_RDWR))
-os.execv(sys.executable, [sys.executable, "-m", "server", "chat", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, "-m", "server", *sys.argv[1:]])
 """
-CHAT = [sys.executable, "-c", _START]
+CHAT = [sys.executable, "-c", _START, "chat"]
+EXPERTS = [sys.executable, "-c", _START, "experts"]
 
 
 def chat_environment(cache: Path, **more: str) -> dict[str, str]:
@@ -97,13 +98,16 @@ class PtyChat:
 
 
 @contextlib.contextmanager
-def pty_chat(*args: str, environment: dict[str, str]) -> Iterator[PtyChat]:
+def pty_chat(
+    *args: str, environment: dict[str, str], command: Sequence[str] = CHAT, size: tuple[int, int] = (50, 500)
+) -> Iterator[PtyChat]:
+    """`size`: lines and columns."""
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 500, 0, 0))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     with contextlib.closing(os.fdopen(master, "r+b", buffering=0)):
         with os.fdopen(slave, "r+b", buffering=0) as terminal:
             process = subprocess.Popen(
-                [*CHAT, *args],
+                [*command, *args],
                 cwd=ROOT,
                 env=environment,
                 stdin=terminal,

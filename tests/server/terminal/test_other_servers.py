@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from server.terminal.chat import Chat
-from server.terminal.client import ChatClient, ChatError, Piece, Turn
+from server.terminal.client import ChatClient, Piece, Turn
+from server.terminal.http import ClientError
 from server.terminal.lines import plain_lines
 from server.terminal.screen import Screen
 from tests.server.terminal.stub import answer, chunk, stream, stub_server
@@ -36,8 +37,8 @@ def text_of(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def error_of(content: bytes | list[bytes], api_key: str | None = None) -> ChatError:
-    with stub_server(content) as stub, pytest.raises(ChatError) as caught:
+def error_of(content: bytes | list[bytes], api_key: str | None = None) -> ClientError:
+    with stub_server(content) as stub, pytest.raises(ClientError) as caught:
         ask(stub.url, api_key)
     assert "\n" not in str(caught.value)
     return caught.value
@@ -115,7 +116,7 @@ def test_an_error_in_the_middle() -> None:
     assert "reports an error" in str(error_of(stream('{"error": {}}')))
 
 
-def refusal(status: str, content: bytes, headers: str = "") -> ChatError:
+def refusal(status: str, content: bytes, headers: str = "") -> ClientError:
     return error_of(answer(content, status=status, headers=headers))
 
 
@@ -161,7 +162,7 @@ def test_a_conversation_over_the_context() -> None:
 
 def test_an_error_page_without_end_is_not_read_to_it() -> None:
     parts = [answer(b"", status="500 Internal Server Error", headers=""), *([b"x" * 2**16] * 1000)]
-    with stub_server(parts) as stub, pytest.raises(ChatError, match="HTTP 500 Internal Server Error"):
+    with stub_server(parts) as stub, pytest.raises(ClientError, match="HTTP 500 Internal Server Error"):
         ask(stub.url)
     assert stub.client_left
 
@@ -187,14 +188,14 @@ def test_nobody_there() -> None:
         port = listener.getsockname()[1]
     start = time.monotonic()
     for url in (f"http://127.0.0.1:{port}", "http://no-such-host.invalid"):
-        with pytest.raises(ChatError, match=f"no server answers at {url}"):
+        with pytest.raises(ClientError, match=f"no server answers at {url}"):
             ask(url)
     assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize("key", ["a b", "schlüssel", "a\r\nX-Evil: 1", "\x00"])
 def test_a_key_that_no_header_can_hold(key: str) -> None:
-    with pytest.raises(ChatError, match="printable ASCII"):
+    with pytest.raises(ClientError, match="printable ASCII"):
         ChatClient("http://127.0.0.1:1", key)
 
 
@@ -203,7 +204,7 @@ def test_lists_of_models() -> None:
     with stub_server(*map(answer, models)) as stub, ChatClient(stub.url, "k") as client:
         assert client.first_model() == "a"
         assert stub.heads[0].startswith("GET /v1/models HTTP/1.1\r\n")
-        with pytest.raises(ChatError, match="--model"):
+        with pytest.raises(ClientError, match="--model"):
             client.first_model()
-        with pytest.raises(ChatError, match="URL"):
+        with pytest.raises(ClientError, match="URL"):
             client.first_model()
