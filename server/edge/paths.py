@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
@@ -15,6 +16,20 @@ class RootPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["root_path"] = self._root_path
         await self._app(scope, receive, send)
+
+
+class PrefixSlash:
+    """Sends who asks for the prefix alone to it with a slash, from where the page's relative links are right."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and scope["path"] == self._root_path and scope["method"] in ("GET", "HEAD"):
+            app = RedirectResponse(f"{self._root_path}/")
+        await app(scope, receive, send)
 
 
 def route_path(scope: Scope) -> str:

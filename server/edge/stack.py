@@ -14,7 +14,7 @@ from server.edge.body import BodyLimits
 from server.edge.cors import Cors
 from server.edge.key_limit import KeyLimit
 from server.edge.last_resort import LastResort
-from server.edge.paths import RootPath
+from server.edge.paths import PrefixSlash, RootPath
 from server.edge.request_ids import RequestIds
 
 
@@ -22,6 +22,8 @@ def middleware(config: EdgeConfig, count_rejected: Callable[[str], None]) -> lis
     """Outermost first. `count_rejected` is told the reason of each refusal."""
     stack = [Middleware(RootPath, config.root_path)] if config.root_path else []
     stack += [Middleware(RequestIds), Middleware(AccessLog)]  # whoever answers below: it has an id and is written down
+    if config.root_path:
+        stack.append(Middleware(PrefixSlash, config.root_path))
     if config.allowed_origins:
         # Before the keys: a browser sends none when it asks beforehand, and must be let read a 401 or a 500.
         stack.append(Middleware(Cors, config.allowed_origins))

@@ -22,7 +22,11 @@ export class Answer {
     this.firstAt = this.lastAt = this.shownAt = 0;
     numAnswers += 1;
     this.id = `answer-${numAnswers}`;
-    this.list = element("div", { class: "tokens", role: "listbox", "aria-label": "Tokens of the answer. Arrow keys move, Enter shows a token's experts." });
+    this.list = element("div", {
+      class: "tokens",
+      role: "listbox",
+      "aria-label": "Tokens of the answer. Arrow keys move, Enter shows a token's experts.",
+    });
     this.error = element("p", { class: "error" });
     this.active = element("b", {}, "–");
     this.rate = element("b", {}, "–");
@@ -85,7 +89,11 @@ export class Answer {
   }
 
   span({ text }, index) {
-    const span = element("span", { class: "token", role: "option", id: `${this.id}-${index}`, "data-token": index, "aria-selected": "false" }, text);
+    const span = element(
+      "span",
+      { class: "token", role: "option", id: `${this.id}-${index}`, "data-token": index, "aria-selected": "false" },
+      text,
+    );
     if (text.startsWith("\n")) span.classList.add("line-end");
     if (text.trim() === "") span.setAttribute("aria-label", text === "" ? "part of a character" : "white space");
     this.colour(span);

@@ -21,7 +21,7 @@ export class Api {
     return (await this.request(path)).json();
   }
 
-  /** The JSON of each event of a stream, until its end. A body makes it a POST. Throws ApiError, also for an error event. */
+  /** The JSON of each event of a stream; a body makes it a POST. Throws ApiError, also for an error event. */
   async *stream(path, { body = null, signal = null } = {}) {
     const response = await this.request(path, { body, signal });
     for await (const data of sseData(response.body)) {
@@ -39,7 +39,13 @@ export class Api {
     let response;
     try {
       const method = body === null ? "GET" : "POST";
-      response = await fetch(path, { method, headers, body: body === null ? null : JSON.stringify(body), signal, cache: "no-store" });
+      response = await fetch(path, {
+        method,
+        headers,
+        body: body === null ? null : JSON.stringify(body),
+        signal,
+        cache: "no-store",
+      });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new ApiError(0, "The server does not answer.");
@@ -62,7 +68,12 @@ async function apiError(response) {
   } catch {
     // A proxy's own page, say.
   }
-  return new ApiError(response.status, error.message ?? `The server answers ${response.status}.`, error.code ?? null, retryAfter);
+  return new ApiError(
+    response.status,
+    error.message ?? `The server answers ${response.status}.`,
+    error.code ?? null,
+    retryAfter,
+  );
 }
 
 /** The data of each server-sent event. A stream that breaks off throws ApiError. */

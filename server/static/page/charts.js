@@ -1,4 +1,6 @@
-// Imbalance, entropy and tokens a second over time, with uPlot. The server keeps no history: this page does.
+// Imbalance, entropy and tokens a second over time. The server keeps no history: this page does.
+//
+// uPlot.esm.js and uPlot.min.css are those of uPlot 1.6.32, unchanged; its licence is uPlot.LICENSE.txt.
 
 import uPlot from "./uPlot.esm.js";
 import { byId, element, setText } from "./dom.js";
@@ -13,21 +15,28 @@ const CHARTS = [
   {
     name: "imbalance",
     series: ["worst layer", "mean"],
-    values: ({ routing }) => (routing?.window.tokens ? [Math.max(...routing.window.imbalance), mean(routing.window.imbalance)] : [null, null]),
+    values: ({ routing }) =>
+      routing?.window.tokens ? [Math.max(...routing.window.imbalance), mean(routing.window.imbalance)] : [null, null],
     low: 1,
     show: (value) => decimal(value),
   },
   {
     name: "entropy",
     series: ["lowest layer", "mean"],
-    values: ({ routing }) => (routing?.window.tokens ? [Math.min(...routing.window.entropy_share), mean(routing.window.entropy_share)] : [null, null]),
+    values: ({ routing }) =>
+      routing?.window.tokens
+        ? [Math.min(...routing.window.entropy_share), mean(routing.window.entropy_share)]
+        : [null, null],
     low: 0,
     show: (value) => percent(value, 0),
   },
   {
     name: "tokens",
     series: ["prompts", "output"],
-    values: ({ throughput }) => [throughput?.prompt_tokens_per_second ?? null, throughput?.output_tokens_per_second ?? null],
+    values: ({ throughput }) => [
+      throughput?.prompt_tokens_per_second ?? null,
+      throughput?.output_tokens_per_second ?? null,
+    ],
     low: 0,
     show: count,
   },
@@ -42,7 +51,9 @@ export class Charts {
 
   build({ name, series, ...rest }) {
     const holder = byId(`chart-${name}`);
-    const words = series.map((label, index) => element("span", { class: `of-${series.length - index}` }, `${label} `, element("b")));
+    const words = series.map((label, index) =>
+      element("span", { class: `of-${series.length - index}` }, `${label} `, element("b")),
+    );
     byId(`now-${name}`).append(...words);
     const chart = { ...rest, words, series, data: series.map(() => []) };
     chart.plot = new uPlot(this.options(chart, holder), [this.times, ...chart.data], holder);
@@ -56,16 +67,33 @@ export class Charts {
   options(chart, holder) {
     const { series, show, low } = chart;
     const colour = (name) => () => getComputedStyle(this.colours[name]).color;
-    const axis = { stroke: colour("axis"), grid: { stroke: colour("grid"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
-    const line = (label, index) => ({ label, stroke: colour(`series-${series.length - index}`), width: index ? 2 : 1.25, points: { show: false } });
+    const axis = {
+      stroke: colour("axis"),
+      grid: { stroke: colour("grid"), width: 1 },
+      ticks: { show: false },
+      font: "11px system-ui, sans-serif",
+    };
+    const line = (label, index) => ({
+      label,
+      stroke: colour(`series-${series.length - index}`),
+      width: index ? 2 : 1.25,
+      points: { show: false },
+    });
     return {
       width: holder.clientWidth || 300,
       height: HEIGHT,
       legend: { show: false },
       hooks: { setCursor: [() => chart.plot && showValues(chart)] },
       cursor: { drag: { x: false, y: false }, points: { size: 6 } },
-      scales: { y: { range: (_, __, most) => [low, Math.max(low ? low + 1 : 1, (most ?? 0) * (low === 0 && most <= 1 ? 1 : 1.08))] } },
-      axes: [{ ...axis, size: 26, space: 70, values: "{HH}:{mm}:{ss}" }, { ...axis, size: 46, space: 30, values: (_, splits) => splits.map(show) }],
+      scales: {
+        y: {
+          range: (_, __, most) => [low, Math.max(low ? low + 1 : 1, (most ?? 0) * (low === 0 && most <= 1 ? 1 : 1.08))],
+        },
+      },
+      axes: [
+        { ...axis, size: 26, space: 70, values: "{HH}:{mm}:{ss}" },
+        { ...axis, size: 46, space: 30, values: (_, splits) => splits.map(show) },
+      ],
       series: [{}, ...series.map(line)],
     };
   }

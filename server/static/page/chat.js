@@ -62,7 +62,11 @@ export class Chat {
   addTurn(said, kinds) {
     byId("hint").hidden = true;
     const answers = Object.fromEntries(kinds.map((kind) => [kind, new Answer(kind, this)]));
-    const lanes = element("div", { class: kinds.length > 1 ? "answers two" : "answers" }, ...kinds.map((kind) => answers[kind].root));
+    const lanes = element(
+      "div",
+      { class: kinds.length > 1 ? "answers two" : "answers" },
+      ...kinds.map((kind) => answers[kind].root),
+    );
     const root = element("div", { class: "turn" }, element("p", { class: "said" }, said), lanes);
     byId("turns").append(root);
     this.scrollToEnd();
@@ -78,7 +82,8 @@ export class Chat {
     this.showRunning();
     const sampling = this.steering.sampling();
     if (kinds.length > 1 && sampling.temperature !== 0) sampling.seed = Math.floor(Math.random() * 2 ** 31);
-    const start = (kind) => this.stream(turn, kind, { ...sampling, ...(kind === "steered" ? steered : {}) }, control.signal);
+    const start = (kind) =>
+      this.stream(turn, kind, { ...sampling, ...(kind === "steered" ? steered : {}) }, control.signal);
     if (inTurn) for (const kind of kinds) await start(kind);
     else await Promise.all(kinds.map(start));
     this.running.delete(control);

@@ -10,7 +10,7 @@ const LONGEST_PAUSE_MS = 15_000;
  * {error, retryMs: null} while it waits for a key.
  */
 export async function follow(api, path, { message, state }) {
-  for (let failures = 0; ; ) {
+  for (let failures = 0; ;) {
     await visible();
     try {
       for await (const event of untilHidden(api, path)) {

@@ -34,7 +34,10 @@ export function showLoad({ engine, throughput, latency }) {
   put("kv", engine.kv_cache_usage, percent);
   put("prefix", engine.prefix_cache_hit_rate, (share) => percent(share, 0));
   setText(byId("latency-seconds"), String(latency.seconds));
-  for (const [name, times] of [["ttft", latency.time_to_first_token], ["itl", latency.inter_token]]) {
+  for (const [name, times] of [
+    ["ttft", latency.time_to_first_token],
+    ["itl", latency.inter_token],
+  ]) {
     for (const rank of ["p50", "p90", "p99"]) put(`${name}_${rank}`, times?.[rank] ?? null, duration);
   }
 }

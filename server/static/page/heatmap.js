@@ -1,6 +1,7 @@
 // The heatmap: a row an expert, a column a layer, bars a layer below. Cells are written only where they changed.
 
 import { byId, element, oncePerFrame, setText } from "./dom.js";
+import { count } from "./format.js";
 import { BARS, METRICS } from "./metrics.js";
 import { NUM_LEVELS } from "./palette.js";
 
@@ -42,10 +43,6 @@ export class Heatmap {
     if (this.metric.value === "whatif") this.redraw();
   }
 
-  get usesWhatIf() {
-    return this.metric.value === "whatif";
-  }
-
   build(model) {
     const { num_layers: numLayers, num_experts: numExperts } = model;
     const layers = [...Array(numLayers).keys()];
@@ -71,7 +68,13 @@ export class Heatmap {
   line(layers, name, attributes) {
     const row = this.rows.length;
     const cells = layers.map((layer) =>
-      element("div", { role: "gridcell", id: `cell-${row}-${layer}`, "data-layer": layer, "data-row": row, ...attributes }),
+      element("div", {
+        role: "gridcell",
+        id: `cell-${row}-${layer}`,
+        "data-layer": layer,
+        "data-row": row,
+        ...attributes,
+      }),
     );
     this.rows.push(cells);
     return element("div", { role: "row" }, element("span", { role: "rowheader", class: "name" }, name), ...cells);
@@ -85,8 +88,7 @@ export class Heatmap {
     const { part, model } = this;
     if (part === null) return;
     const metric = METRICS[this.metric.value];
-    const isWhatIf = this.usesWhatIf;
-    const extra = isWhatIf ? this.whatIf : null;
+    const extra = this.metric.value === "whatif" ? this.whatIf : null;
     const high = metric.high(part, model.num_experts, extra) || 1;
     for (let expert = 0; expert < model.num_experts; expert += 1) {
       this.rows[expert].forEach((cell, layer) => {
@@ -167,7 +169,10 @@ export class Heatmap {
   showValues() {
     const { part } = this;
     if (part === null) return;
-    const summary = part.tokens === 0 ? "No traffic yet." : `${part.tokens.toLocaleString("en")} tokens in ${part.steps.toLocaleString("en")} steps. Point at a cell for its values.`;
+    const summary =
+      part.tokens === 0
+        ? "No traffic yet."
+        : `${count(part.tokens)} tokens in ${count(part.steps)} steps. Point at a cell for its values.`;
     setText(byId("heatmap-values"), this.activeCell?.text ?? summary);
   }
 }

@@ -20,7 +20,8 @@ export class Legend {
       if (chip === null) return;
       const expert = Number(chip.dataset.expert);
       this.picked = this.picked === expert ? null : expert;
-      for (const each of this.root.children) each.setAttribute("aria-pressed", String(Number(each.dataset.expert) === this.picked));
+      for (const each of this.root.children)
+        each.setAttribute("aria-pressed", String(Number(each.dataset.expert) === this.picked));
       this.changed();
     });
   }
@@ -36,7 +37,17 @@ export class Legend {
     this.picked = null;
     defineExperts(model.num_experts);
     const chips = [...Array(model.num_experts).keys()].map((expert) => {
-      const chip = element("button", { type: "button", class: "chip", "data-expert": expert, "aria-pressed": "false", "aria-label": `Expert ${expert}` }, String(expert));
+      const chip = element(
+        "button",
+        {
+          type: "button",
+          class: "chip",
+          "data-expert": expert,
+          "aria-pressed": "false",
+          "aria-label": `Expert ${expert}`,
+        },
+        String(expert),
+      );
       chip.style.setProperty("--colour", expertColour(expert));
       return chip;
     });

@@ -13,24 +13,29 @@ export const METRICS = {
   },
   entropy: {
     value: (part, layer) => part.entropy_share[layer],
-    text: (value, part, layer) => `router entropy ${decimal(part.entropy[layer])} nats, ${percent(value)} of the most there can be`,
+    text: (value, part, layer) =>
+      `router entropy ${decimal(part.entropy[layer])} nats, ${percent(value)} of the most there can be`,
     show: (value) => percent(value, 0),
     high: () => 1,
     note: () => "one value a layer; 100 %: the router is undecided",
   },
   drops: {
     value: (part, layer, expert) => part.dropped[layer][expert],
-    text: (value, part, layer) => `${count(value)} choices dropped; ${percent(part.drop_share[layer])} in the whole layer`,
+    text: (value, part, layer) =>
+      `${count(value)} choices dropped; ${percent(part.drop_share[layer])} in the whole layer`,
     show: count,
     high: (part) => Math.max(1, largest(part.dropped)),
-    note: (part, numExperts, model) => (model.capacity_factor === null ? "this model has no capacity limit" : `capacity factor ${model.capacity_factor}`),
+    note: (part, numExperts, model) =>
+      model.capacity_factor === null ? "this model has no capacity limit" : `capacity factor ${model.capacity_factor}`,
   },
   whatif: {
     value: (part, layer, expert, whatIf) => whatIf?.by_expert[layer]?.[expert] ?? 0,
-    text: (value, part, layer, whatIf) => `${count(value)} choices would be dropped, ${count(whatIf?.by_layer[layer] ?? 0)} in the layer`,
+    text: (value, part, layer, whatIf) =>
+      `${count(value)} choices would be dropped, ${count(whatIf?.by_layer[layer] ?? 0)} in the layer`,
     show: count,
     high: (part, numExperts, whatIf) => Math.max(1, largest(whatIf?.by_expert ?? [])),
-    note: (part, numExperts, model, whatIf) => (whatIf === null ? "" : `at a capacity factor of ${whatIf.capacity_factor}`),
+    note: (part, numExperts, model, whatIf) =>
+      whatIf === null ? "" : `at a capacity factor of ${whatIf.capacity_factor}`,
   },
 };
 
@@ -39,7 +44,7 @@ export const BARS = {
   imbalance: {
     name: "max/mean",
     value: (part, layer) => part.imbalance[layer],
-    high: (part, model) => Math.max(2, Math.min(model.num_experts, ...[Math.ceil(Math.max(...part.imbalance))])),
+    high: (part, model) => Math.max(2, Math.min(model.num_experts, Math.ceil(Math.max(...part.imbalance)))),
     text: (value) => `its busiest expert has ${decimal(value)} times the mean load`,
   },
   entropy: {
@@ -52,7 +57,8 @@ export const BARS = {
     name: "used",
     value: (part, layer) => part.distinct_experts[layer],
     high: (part, model) => model.num_experts,
-    text: (value, part, layer) => `a step uses ${decimal(value, 1)} experts, ${decimal(part.effective_batch[layer], 1)} tokens each`,
+    text: (value, part, layer) =>
+      `a step uses ${decimal(value, 1)} experts, ${decimal(part.effective_batch[layer], 1)} tokens each`,
   },
 };
 

@@ -16,7 +16,11 @@ export function defineLevels() {
 export function defineExperts(numExperts) {
   for (let expert = 0; expert < numExperts; expert += 1) {
     const [hue, step] = place(expert, numExperts);
-    define(`--expert-${expert}`, oklch(0.91 - 0.08 * step, 0.07 + 0.035 * step, hue), oklch(0.36 + 0.08 * step, 0.07 + 0.025 * step, hue));
+    define(
+      `--expert-${expert}`,
+      oklch(0.91 - 0.08 * step, 0.07 + 0.035 * step, hue),
+      oklch(0.36 + 0.08 * step, 0.07 + 0.025 * step, hue),
+    );
   }
 }
 

@@ -9,7 +9,11 @@ export function showHealth(health, model) {
   const kind = KINDS[health.status];
   connection("live", health.status === "busy" ? "busy" : "live");
   if (kind !== undefined) alert(kind, health.message ?? `The engine is ${health.status}.`);
-  else if (!model.record_routing) alert("routing-off", "Routing is not recorded, so there are no experts to see: start the server without --no-record-routing.");
+  else if (!model.record_routing)
+    alert(
+      "routing-off",
+      "Routing is not recorded, so there are no experts to see: start the server without --no-record-routing.",
+    );
   else alert(null, "");
 }
 

@@ -9,7 +9,9 @@ export class Steering {
     this.minP = byId("min-p");
     this.forbidden = byId("forbidden");
     this.layers = byId("forbidden-layers");
-    this.minP.addEventListener("input", () => setText(byId("min-p-number"), this.minP.value === "0" ? "off" : Number(this.minP.value).toFixed(2)));
+    this.minP.addEventListener("input", () =>
+      setText(byId("min-p-number"), this.minP.value === "0" ? "off" : Number(this.minP.value).toFixed(2)),
+    );
     this.forbidden.addEventListener("click", (event) => {
       const chip = event.target.closest("button");
       if (chip !== null) chip.setAttribute("aria-pressed", String(chip.getAttribute("aria-pressed") !== "true"));
@@ -25,7 +27,17 @@ export class Steering {
       for (let k = 1; k <= model.max_experts_per_tok; k += 1) options.push(element("option", { value: k }, String(k)));
       this.topK.replaceChildren(...options);
       const chips = [...Array(model.num_experts).keys()].map((expert) =>
-        element("button", { type: "button", class: "chip", "data-expert": expert, "aria-pressed": "false", "aria-label": `Forbid expert ${expert}` }, String(expert)),
+        element(
+          "button",
+          {
+            type: "button",
+            class: "chip",
+            "data-expert": expert,
+            "aria-pressed": "false",
+            "aria-label": `Forbid expert ${expert}`,
+          },
+          String(expert),
+        ),
       );
       this.forbidden.replaceChildren(...chips);
     }
@@ -33,12 +45,14 @@ export class Steering {
     this.model = model;
   }
 
-  /** The fields of a request that steer; none when the controls are neutral. Throws an Error that says what is wrong. */
+  /** The fields of a request that steer; none when the controls are neutral. Throws an Error that says what to mend. */
   fields() {
     const fields = {};
     if (this.topK.value !== "") fields.experts_per_token = Number(this.topK.value);
     if (this.minP.value !== "0") fields.expert_min_p = Number(this.minP.value);
-    const ids = [...this.forbidden.querySelectorAll('[aria-pressed="true"]')].map((chip) => Number(chip.dataset.expert));
+    const ids = [...this.forbidden.querySelectorAll('[aria-pressed="true"]')].map((chip) =>
+      Number(chip.dataset.expert),
+    );
     if (ids.length > 0) {
       if (ids.length === this.model.num_experts) throw new Error("At least one expert must stay allowed.");
       const layers = layerNumbers(this.layers.value, this.model.num_layers);
@@ -66,7 +80,8 @@ export function layerNumbers(text, numLayers) {
     const match = /^\s*(\d+)\s*(?:[-–]\s*(\d+)\s*)?$/.exec(part);
     const first = Number(match?.[1] ?? NaN);
     const last = Number(match?.[2] ?? first);
-    if (!(first <= last && last < numLayers)) throw new Error(`Layers: write them as 0-2, 7; the last is ${numLayers - 1}.`);
+    if (!(first <= last && last < numLayers))
+      throw new Error(`Layers: write them as 0-2, 7; the last is ${numLayers - 1}.`);
     for (let layer = first; layer <= last; layer += 1) found.add(layer);
   }
   return [...found];

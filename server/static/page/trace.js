@@ -20,11 +20,17 @@ export class Trace {
     answer.mark(index);
     const { text, logprob } = answer.tokens[index];
     const routing = answer.routing[index];
-    setText(byId("trace-token"), text === "" ? "(part of a character)" : JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"'));
+    setText(
+      byId("trace-token"),
+      text === "" ? "(part of a character)" : JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"'),
+    );
     const likely = logprob === null ? "" : `, probability ${percent(Math.exp(logprob))}`;
-    const missing = routing === undefined ? " Its routing is not recorded." : " These experts computed the pass that chose it.";
+    const missing =
+      routing === undefined ? " Its routing is not recorded." : " These experts computed the pass that chose it.";
     setText(byId("trace-about"), `Number ${index + 1} of the ${answer.kind} answer${likely}.${missing}`);
-    this.rows.replaceChildren(...(routing?.experts ?? []).map((experts, at) => row(at, experts, routing.weights[at], routing.entropy[at])));
+    this.rows.replaceChildren(
+      ...(routing?.experts ?? []).map((experts, at) => row(at, experts, routing.weights[at], routing.entropy[at])),
+    );
     this.chosen(layer);
     this.root.hidden = false;
     this.root.scrollIntoView({ block: "nearest" });
@@ -46,7 +52,11 @@ export class Trace {
 function row(layer, experts, weights, entropy) {
   const parts = experts.map((expert, place) => {
     const label = `${expert} · ${decimal(weights[place])}`;
-    const part = element("span", { "data-expert": expert, "data-weight": weights[place], title: `expert ${expert}: ${weights[place]}` }, label);
+    const part = element(
+      "span",
+      { "data-expert": expert, "data-weight": weights[place], title: `expert ${expert}: ${weights[place]}` },
+      label,
+    );
     part.style.setProperty("--colour", expertColour(expert));
     part.style.setProperty("--weight", String(Math.max(weights[place], 0.02)));
     return part;

@@ -50,10 +50,18 @@ export class WhatIf {
   }
 
   show({ window, total }) {
-    const words = window.assigned === 0 ? "No traffic in the latest steps." : `${percent(window.overflow_share, 2)} of the choices of the latest steps would be dropped (${count(window.overflow)} of ${count(window.assigned)}).`;
+    const words =
+      window.assigned === 0
+        ? "No traffic in the latest steps."
+        : `${percent(window.overflow_share, 2)} of the choices of the latest steps would be dropped ` +
+          `(${count(window.overflow)} of ${count(window.assigned)}).`;
     write(byId("capacity-window"), words, window);
     const atMost = total.exact ? "" : "at most ";
-    write(byId("capacity-total"), total.assigned === 0 ? "" : `Since the start: ${atMost}${percent(total.overflow_share, 2)}.`, total);
+    write(
+      byId("capacity-total"),
+      total.assigned === 0 ? "" : `Since the start: ${atMost}${percent(total.overflow_share, 2)}.`,
+      total,
+    );
     this.found(window);
   }
 }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from starlette.routing import Match, Route
-from starlette.types import Scope
+from starlette.types import Message, Scope
 
-from server.edge.paths import RootPath, route_path
+from server.edge.paths import PrefixSlash, RootPath, route_path
 from tests.server.edge.asgi import call
 
 _PARTS = st.lists(st.sampled_from(["/", "a", "b", "health", "/health", "..", "//", "%2f", "é"]), max_size=6)
@@ -39,3 +41,25 @@ def test_the_prefix_is_told_to_all_below() -> None:
 
     call(RootPath(app, "/mixserve"))
     assert seen == ["/mixserve"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/mixserve", 307),
+        ("HEAD", "/mixserve", 307),
+        ("POST", "/mixserve", 200),
+        ("GET", "/mixserve/", 200),
+        ("GET", "/mixserve2", 200),
+    ],
+)
+def test_the_prefix_alone_gets_its_slash(method: str, path: str, status: int) -> None:
+    """A relative path in Location: no Host of the client's is repeated."""
+
+    async def app(_scope: Scope, _receive: Any, send: Callable[[Message], Awaitable[None]]) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    start = call(PrefixSlash(app, "/mixserve"), method=method, path=path)[0]
+    assert start["status"] == status
+    assert dict(start["headers"]).get(b"location") == (b"/mixserve/" if status == 307 else None)
