@@ -58,7 +58,8 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@$(INSTALL) --no-build-isolation --editable '.[test,lint]'
 	@touch $@
 
-# OpenAI's Node client, where there is npm. Its tests are left out without it, and pytest says so at its end.
+# OpenAI's Node client, and axe-core for the tests in a browser, where there is npm. Those tests are left out without, and
+# pytest says so at its end.
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 	@! command -v npm > /dev/null || npm ci --prefix $(NODE) --no-audit --no-fund --silent || true
 
