@@ -287,18 +287,14 @@ class EngineCore:
             return False
         return sequence.token_ids[-1] in self._grammars.eos_token_ids
 
-    def _give_up(self, sequence: Sequence, message: str, *, param: str | None = None) -> TokenEvent:
-        """End one running sequence that failed."""
-        del self._live[sequence.request.request_id]
-        self._scheduler.finish(sequence)
-        return _failure(sequence.request.request_id, message, param=param)
-
     def _give_up_grammar(self, sequence: Sequence, message: str) -> TokenEvent:
-        """The same, when its grammar cannot be followed further."""
+        """End one running sequence whose grammar cannot be followed further."""
         assert self._grammars is not None
         assert sequence.request.grammar is not None
         self._grammars.forget(sequence.request.grammar)
-        return self._give_up(sequence, message, param="grammar")
+        del self._live[sequence.request.request_id]
+        self._scheduler.finish(sequence)
+        return _failure(sequence.request.request_id, message, param="grammar")
 
     def _fail(self, plan: StepPlan, message: str) -> list[TokenEvent]:
         """Give up the sequences of a step that could not be computed; all others go on."""
@@ -306,7 +302,9 @@ class EngineCore:
         for chunk in plan.chunks:
             if chunk.sequence.status is not Status.FINISHED:
                 self._blocks.retract(chunk.sequence)
-                events.append(self._give_up(chunk.sequence, message))
+                del self._live[chunk.sequence.request.request_id]
+                self._scheduler.finish(chunk.sequence, failed=True)
+                events.append(_failure(chunk.sequence.request.request_id, message))
         return events
 
 

@@ -25,7 +25,7 @@ from engine.routing.base import RoutingInputs
 from engine.routing.record import RoutingRecord
 from engine.routing.steering import SteeringTable
 from engine.scheduler import StepPlan
-from engine.transfers import copy_to_device
+from engine.transfers import copy_to_device, to_device
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes what is to be done, and returns what does it again."""
@@ -82,8 +82,9 @@ class DecodeGraphs:
         )
         self._batches: dict[tuple[int, int], Batch] = {}
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}
+        assert record is None or self._sizes[-1] <= record.logits.shape[1], "the record has a row for each of a step"
         # The largest first: what the others need fits into the memory it leaves.
-        for width, size in _shown(list(product(self._widths, reversed(self._sizes))), shown=progress):
+        for width, size in _shown(list(product(reversed(self._widths), reversed(self._sizes))), shown=progress):
             batch = self._buffers.batch(size, steering, width, max_model_len)
             self._batches[size, width] = batch
             self._replays[size, width] = capture(_Forward(model, batch, cache, record, self._buffers))
@@ -104,10 +105,12 @@ class DecodeGraphs:
         if last_tokens is not None:
             last_tokens.fill_pending(plan, self._buffers.input_ids)
         self._replays[size, width]()
-        logits = self._buffers.logits
+        rows = None
+        if len(batch.logits_indices) < num_rows:
+            rows = to_device(batch.logits_indices, torch.int64, self._buffers.logits.device)
         return StepTensors(
             hidden=self._buffers.hidden[:num_rows],
-            logits=logits[:num_rows] if len(batch.logits_indices) == num_rows else _rows(logits, batch.logits_indices),
+            logits=self._buffers.logits.index_select(0, rows) if rows is not None else self._buffers.logits[:num_rows],
             routing=self._batches[size, width].routing,
             recorded=True,
         )
@@ -235,13 +238,6 @@ class CudaCapture:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             run()
         return graph.replay
-
-
-def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Rows that are numbered on the host."""
-    index = torch.empty_like(rows, device=tensor.device)
-    copy_to_device(index, rows)
-    return tensor.index_select(0, index)
 
 
 def _shown(items: list[tuple[int, int]], *, shown: bool) -> Iterable[tuple[int, int]]:

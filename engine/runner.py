@@ -75,10 +75,11 @@ class Runner:
 
     @staticmethod
     def is_out_of_memory(error: RuntimeError) -> bool:
-        """Whether `error` says that device or host memory ran out. The CPU allocator has no exception type of its
-        own, only its name in the message.
+        """Whether `error` says that device or host memory ran out. The CPU's allocator, and CUDA where it is not asked
+        by torch's (pinned memory, the launch of a graph), have no exception type of their own, only their messages.
         """
-        return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        said = ("DefaultCPUAllocator", "CUDA error: out of memory")
+        return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in said)
 
 
 class Step:

@@ -72,10 +72,13 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda s: s.order)
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, at any moment between steps, and free its blocks."""
+    def finish(self, sequence: Sequence, *, failed: bool = False) -> None:
+        """Take a sequence out, at any moment between steps, and free its blocks. With `failed`, a step that it was in
+        was not computed, and so perhaps not what others published there, which it may hold as its beginning.
+        """
         (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
-        self.blocks.publish(sequence, sequence.num_computed)  # its last full block may have ended with a pending token
+        if not failed:
+            self.blocks.publish(sequence, sequence.num_computed)  # a last full block that ended with a pending token
         self.blocks.free(sequence)
         sequence.status = Status.FINISHED
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HostValues: TypeAlias = Sequence[int] | Sequence[float] | np.ndarray[Any, Any]
+HostValues: TypeAlias = Sequence[int] | Sequence[float] | np.ndarray[Any, Any] | Tensor
 
 
 def to_device(values: HostValues, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -24,7 +24,7 @@ def copy_to_device(target: Tensor, source: Tensor) -> None:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in (pinned) host memory, which is there when an `Arrival` made after it is; `tensor` itself on the CPU."""
+    """`tensor` in (pinned) host memory, where it is when an `Arrival` made after it is; on the CPU, itself."""
     return tensor.to("cpu", non_blocking=True)
 
 

@@ -48,7 +48,7 @@ class RoutingInputs:
     seeds: Tensor  # [T] int64: the random stream of the token's request
     positions: Tensor  # [T] int64: the token's position in its sequence, the counter of that stream
     max_top_k: int
-    """K_max of this step, on the host: the largest of top_k over the slots in use."""
+    """K_max of this step, on the host: no less than the largest of top_k over the slots in use."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,11 @@ class SteeringTable:
     def _slot(self, steering: Steering) -> int:
         if steering not in self._slots:
             slot = self._free.pop() if self._free else self._slots.popitem(last=False)[1]
-            self._fill(slot, steering)
+            try:
+                self._fill(slot, steering)
+            except RuntimeError:  # out of memory: the step is given up, its slot must not be
+                self._free.append(slot)
+                raise
             self._slots[steering] = slot
         return self._slots[steering]
 

@@ -24,7 +24,8 @@ VOCAB_SIZE = 3
 
 
 class CacheExecutor:
-    """`on_plan` sees every plan before it is computed; `fail_next` makes the next step run out of memory half way.
+    """`on_plan` sees every plan before it is computed; `fail_next` makes the next step run out of memory half way
+    through its forward pass, `fail_sampling` when it is sampled.
 
     With `runs_ahead`, the tokens of the step before are known here when a step begins, and to the core when it is
     sampled.
@@ -37,6 +38,7 @@ class CacheExecutor:
         self.on_plan = on_plan
         self.runs_ahead = runs_ahead
         self.fail_next = False
+        self.fail_sampling = False
         self.plans: list[StepPlan] = []
         self.num_computed = 0
         self._slots: dict[int, int] = {}
@@ -65,7 +67,7 @@ class CacheExecutor:
                 prompt_logprobs[index] = [score(sequence.token_ids[p], p) for p in scored]
         self._last = {plan.chunks[index].sequence.arrival: token_id for index, token_id in sampled.items()}
         known = [len(chunk.sequence.token_ids) + chunk.has_pending for chunk in plan.chunks]
-        return CacheStep(plan, sampled, prompt_logprobs, known)
+        return CacheStep(self, plan, sampled, prompt_logprobs, known)
 
     def peak_memory_bytes(self) -> int:
         return 0
@@ -104,6 +106,7 @@ class CacheExecutor:
 
 @dataclass(frozen=True)
 class CacheStep:
+    executor: CacheExecutor
     plan: StepPlan
     sampled: dict[int, int]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
@@ -112,6 +115,9 @@ class CacheStep:
     passed_over: set[int] = field(default_factory=set)
 
     def sample(self) -> None:
+        if self.executor.fail_sampling:
+            self.executor.fail_sampling = False
+            raise OutOfDeviceMemoryError("no room")
         for index, (chunk, known) in enumerate(zip(self.plan.chunks, self.known, strict=True)):
             if chunk.sequence.status is Status.FINISHED:
                 self.passed_over.add(index)

@@ -84,3 +84,20 @@ def test_an_abort_between_steps_is_no_answer() -> None:
     core.abort("a")
     assert (core.has_work, core.step(), core.has_work) == (True, [], False), "the step was still under way"
     assert core.stats().num_free_blocks == BLOCKS
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_failed_step_leaves_nothing_for_others_to_find(ahead: bool) -> None:
+    """One takes as its beginning what another publishes in the same step, and counts it as computed."""
+    executor = CacheExecutor(SIZE, runs_ahead=ahead)
+    core = make_core(executor, num_blocks=BLOCKS)
+    for name, last in (("a", 1), ("b", 2)):
+        core.add(Request(request_id=name, prompt_ids=(0, 1, 2, 0, last), params=SamplingParams(max_tokens=2)))
+    executor.fail_next = True
+    assert [event.finish_reason for event in core.step()] == [FinishReason.ERROR] * 2
+    assert len(executor.plans[0].chunks) == 2
+    assert executor.plans[0].chunks[1].start == SIZE
+    core.add(Request(request_id="c", prompt_ids=(0, 1, 2, 0, 0), params=SamplingParams(max_tokens=2)))
+    while core.has_work:
+        core.step()
+    assert core.stats().prefix_cache_hits == SIZE, "of b alone"

@@ -22,7 +22,7 @@ STEP = [
     ROOT / "engine/models/decoder.py",
     *(
         ROOT / "engine" / name
-        for name in ("batch.py", "masks.py", "runner.py", "sampler.py", "trace.py", "transfers.py")
+        for name in ("batch.py", "decode_graphs.py", "masks.py", "runner.py", "sampler.py", "trace.py", "transfers.py")
     ),
 ]
 
@@ -48,6 +48,10 @@ ALLOWED = {
         "tensor = torch.as_tensor(values, dtype=dtype)": "on the host",
         'return tensor.to("cpu", non_blocking=True)': "asked not to wait",
         "self._event.synchronize()": "the result, which is waited for",
+    },
+    "engine/decode_graphs.py": {
+        "self._stream.wait_stream(torch.cuda.current_stream())": "at start",
+        "torch.cuda.current_stream().wait_stream(self._stream)": "at start",
     },
     "engine/trace.py": {
         "columns = (self.expert_ids.tolist(), self.weights.tolist(), self.entropy.tolist())": "when it has arrived",

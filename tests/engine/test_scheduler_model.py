@@ -102,13 +102,13 @@ class Engine(RuleBasedStateMachine):
         del self.live[request_id]
 
     @precondition(lambda self: self.live)
-    @rule()
-    def fail(self) -> None:
-        self.executor.fail_next = True
+    @rule(sampling=st.booleans())
+    def fail(self, sampling: bool) -> None:
+        self.executor.fail_next, self.executor.fail_sampling = not sampling, sampling
         events = self.step()
-        if self.executor.fail_next:
+        if self.executor.fail_next or self.executor.fail_sampling:
             assert self.runs_ahead  # everybody was waiting for a last token
-            self.executor.fail_next = False
+            self.executor.fail_next = self.executor.fail_sampling = False
             return
         # Those who were sampled by the step before are told so first, and by then some may have ended.
         failed = [event for event in events if event.finish_reason is FinishReason.ERROR]
