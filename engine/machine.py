@@ -7,6 +7,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from engine.errors import ConfigurationError
+from weights.errors import show
 
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
@@ -14,15 +15,17 @@ _UNITS = {"": 1, "b": 1} | {
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
 
+_HOST_CACHE_LIMIT = 4 << 30
+
 
 def parse_memory(text: str) -> int:
     """ "80GiB" -> 85899345920, "141GB" -> 141000000000, "1.5 GiB", "123" (bytes) -> a number of bytes, at least 1.
 
     Raises ValueError for anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower(), re.ASCII)
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]*)\s*", text.lower(), re.ASCII)
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{text!r} is not an amount of memory: write 80GiB, 141GB, 512MiB or a number of bytes")
+        raise ValueError(f"{show(text)} is not an amount of memory: write 80GiB, 141GB, 512MiB or a number of bytes")
     whole, _, fraction = match[1].partition(".")
     num_bytes: int = int(whole + fraction) * _UNITS[match[2]] // 10 ** len(fraction)
     if num_bytes < 1:
@@ -65,6 +68,20 @@ def gpu_name() -> str | None:
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def gpu_reads_fp8() -> bool:
+    """Whether the first GPU, if there is one, has float8 e4m3."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(0) >= (8, 9)
+
+
+def default_host_cache(available: int) -> int:
+    """Bytes of a KV cache in memory of which `available` are free: the smaller of 4 GiB and a quarter of those, for
+    other programs share it.
+    """
+    return min(_HOST_CACHE_LIMIT, max(0, available) // 4)
 
 
 def host_memory(root: Path = Path("/")) -> int:

@@ -11,9 +11,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError
-from engine.machine import host_memory
-
-_CPU_CACHE_LIMIT = 4 << 30
+from engine.machine import default_host_cache, host_memory
 
 
 class MemoryMeter(Protocol):
@@ -84,7 +82,7 @@ def kv_cache_bytes(config: EngineConfig, meter: MemoryMeter | None, *, step_byte
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if meter is None:
-        return min(_CPU_CACHE_LIMIT, available_host_memory() // 4)
+        return default_host_cache(available_host_memory())
     meter.reset()
     held = meter.total() - meter.free()
     return int(meter.total() * config.gpu_memory_utilization) - held - step_bytes - graph_bytes

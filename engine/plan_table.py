@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from engine.advice import what_would_fit
 from engine.machine import show_bytes
-from engine.plan import BATCH_CONTEXT, QUANTIZATIONS, Plan, held_quantization, kv_cache_dtypes
+from engine.plan import BATCH_CONTEXT, QUANTIZATIONS, MemoryKind, Plan, held_quantization
 
 
 def table(plan: Plan) -> str:
@@ -20,11 +21,7 @@ def table(plan: Plan) -> str:
         "",
         _line("memory", plan.memory_bytes),
         _line(f"to use ({plan.gpu_memory_utilization * 100:g}%)", plan.budget_bytes),
-        _line("  weights", plan.weight_bytes),
-        _line(f"  activations ({plan.max_num_batched_tokens:,} tokens a step)", plan.activation_bytes),
-        *([_line("  CUDA graphs", plan.graph_bytes)] if plan.graph_bytes else []),
-        *([_line("  CUDA itself", plan.runtime_bytes)] if plan.runtime_bytes else []),
-        _line("  KV cache", plan.max_kv_tokens * plan.kv_bytes_per_token),
+        *_parts(plan),
         _line("headroom", plan.memory_bytes - plan.budget_bytes),
         "",
         f"{'KV cache a token':<40}{f'{plan.kv_bytes_per_token:,} B':>14}",
@@ -36,6 +33,14 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _parts(plan: Plan) -> Iterator[str]:
+    """A line for each kind of memory; the CPU has no graphs and nothing of its own."""
+    for kind, size in plan.parts.items():
+        steps = f" ({plan.max_num_batched_tokens:,} tokens a step)" if kind is MemoryKind.ACTIVATIONS else ""
+        if size or kind not in (MemoryKind.GRAPHS, MemoryKind.RUNTIME):
+            yield _line(f"  {kind}{steps}", size)
+
+
 def verdict(plan: Plan) -> str:
     """Whether it fits, in a sentence or two."""
     need = f"one sequence of {plan.max_model_len:,} tokens needs {show_bytes(plan.required_bytes)}"
@@ -45,13 +50,15 @@ def verdict(plan: Plan) -> str:
 
 
 def variants(plan: Plan) -> list[Plan]:
-    """`plan` with every kind of weights and of KV cache that its backend has, given what the checkpoint has."""
+    """`plan` with every kind of weights and of KV cache that its backend has, given what the checkpoint has. A token
+    budget that was not asked for is each one's own.
+    """
     unchanged = held_quantization(plan.backend, plan.config, None)
     kinds = dict.fromkeys((unchanged, *QUANTIZATIONS.get(plan.backend, ())))
     return [
         replace(plan, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
         for quantization in kinds
-        for kv_cache_dtype in kv_cache_dtypes(plan.backend)
+        for kv_cache_dtype in plan.kv_cache_dtypes
     ]
 
 

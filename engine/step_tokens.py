@@ -41,7 +41,8 @@ def default_step_tokens(
 
     On a card that is known: where the experts turn from being bound by memory to being bound by products, rounded up to
     a multiple of 128. Fewer tokens would read the weights more often than they need to be; more make the decodes in the
-    step wait without making its prompts any faster. Never fewer than `max_num_seqs`, all of which may decode.
+    step wait without making its prompts any faster. On such a card never fewer than `max_num_seqs`, all of which may
+    decode.
     """
     if device != "cuda":
         return _CPU

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from engine import plan
+
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 BACKENDS = ("auto", "cpu", "cuda", "torch", "reference")
-QUANTIZATIONS = ("int8", "fp8")
-KV_CACHE_DTYPES = ("auto", "fp8")
+QUANTIZATIONS = plan.ALL_QUANTIZATIONS
+KV_CACHE_DTYPES = plan.KV_CACHE_DTYPES
 BOOLEAN = argparse.BooleanOptionalAction
 
 

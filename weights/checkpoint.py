@@ -71,8 +71,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 class SafetensorsCheckpoint:
     """A folder with config.json and safetensors: one file, shards with an index, or shards without one.
 
-    `read` runs ahead as far as `staging` allows, but by no more than the largest shard, and at least by the largest
-    tensor: that is the memory it takes.
+    `read` runs ahead as far as `staging` allows, or by two of the largest tensors if those are more, so that one is
+    read while another is taken; but by no more than the largest shard. That is the memory it takes.
+
+    Example: the largest tensors of 8x7B, embedding and lm_head, have 262 MB, in shards of 5 GB: it takes 524 MB.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -106,15 +108,17 @@ class SafetensorsCheckpoint:
     def read(
         self, names: Collection[str] | None = None, *, staging: Staging | None = None
     ) -> Generator[tuple[str, Tensor], None, None]:
+        ends = {path: max((entry.end for entry in own.values()), default=0) for path, own in self._shards.items()}
         extents = [
-            Extent(name, path, entry)
+            Extent(name, path, entry, ends[path])
             for path, entries in self._shards.items()
             for name, entry in entries.items()
             if names is None or name in names
         ]
         staging = staging or HostStaging()
         largest = max((extent.nbytes for extent in extents), default=0)
-        ahead = min(staging.ahead_bytes, max(_data_bytes(entries) for entries in self._shards.values()))
+        largest_shard = max(_data_bytes(entries) for entries in self._shards.values())
+        ahead = min(max(staging.ahead_bytes, 2 * largest), largest_shard)
         yield from read_ahead(extents, Ring(staging, max(largest, ahead)))
 
 

@@ -43,7 +43,9 @@ def has_fp8(mapping: Mapping[str, Any]) -> bool:
 def _has_fp8_group(key: str, config: Mapping[str, Any]) -> bool:
     """By the groups of modules, whose weights must all be of the one kind that is read."""
     for name in ("sparsity_config", "transform_config", "moe_sparsity_config"):
-        if config.get(name):
+        value = config.get(name)
+        dense = name != "transform_config" and isinstance(value, Mapping) and value.get("format") == "dense"
+        if value and not dense:  # a sparsity whose format is dense leaves everything as it is
             raise ConfigError(f"{key}: {name} is not supported")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:

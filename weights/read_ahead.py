@@ -31,6 +31,8 @@ class Extent:
     name: str
     path: Path
     entry: HeaderEntry
+    file_bytes: int
+    """Bytes of the whole file, as its header has it."""
 
     @property
     def nbytes(self) -> int:
@@ -47,17 +49,23 @@ class _Arriving:
 def read_ahead(extents: Iterable[Extent], ring: Ring) -> Generator[tuple[str, Tensor], None, None]:
     """The tensors in the order given, each until the next one is asked for. The ring has to hold the largest of them.
 
-    Chunks of 16 MB are read by 8 threads at once, across tensors and files. Raises CheckpointError, when the tensor's
-    turn comes, for a file that ends too early or cannot be read. No thread is left when this ends, by an error, too,
-    or by `close`.
+    Chunks of 16 MB are read by 8 threads at once, across tensors and files. Every file is opened once, before anything
+    is read, so that one that is replaced meanwhile is read as it was. Raises CheckpointError, before the first tensor,
+    for a file that cannot be opened or is no longer as long as its header has it; and when the tensor's turn comes, for
+    one that ends too early or cannot be read. No thread and no open file is left when this ends, by an error, too, or
+    by `close`.
     """
     left = deque(extents)
+    files: dict[Path, int] = {}
     arriving: deque[_Arriving] = deque()
     pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="weights")
     try:
+        for extent in left:
+            if extent.path not in files:
+                files[extent.path] = _open(extent)
         while left or arriving:
             while left and (memory := ring.take(left[0].nbytes)) is not None:
-                arriving.append(_submit(pool, left.popleft(), memory))
+                arriving.append(_submit(pool, files[left[0].path], left.popleft(), memory))
             if not arriving:  # all of the ring is still being copied from
                 ring.wait()
                 continue
@@ -70,30 +78,43 @@ def read_ahead(extents: Iterable[Extent], ring: Ring) -> Generator[tuple[str, Te
         ring.drain()
     finally:
         pool.shutdown(cancel_futures=True)
+        for file in files.values():
+            os.close(file)
 
 
-def _submit(pool: ThreadPoolExecutor, extent: Extent, memory: Tensor) -> _Arriving:
+def _open(extent: Extent) -> int:
+    try:
+        file = os.open(extent.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{extent.path}: {error.strerror}") from None
+    if (size := os.fstat(file).st_size) != extent.file_bytes:
+        os.close(file)
+        raise CheckpointError(
+            f"{extent.path}: has {size:,} bytes, and had {extent.file_bytes:,} when its header was read: it was changed"
+        )
+    return file
+
+
+def _submit(pool: ThreadPoolExecutor, file: int, extent: Extent, memory: Tensor) -> _Arriving:
     starts = range(0, extent.nbytes, CHUNK_BYTES)
     chunks = (
-        pool.submit(_read, extent.path, extent.entry.start + start, memory[start : start + CHUNK_BYTES])
+        pool.submit(_read, file, extent.path, extent.entry.start + start, memory[start : start + CHUNK_BYTES])
         for start in starts
     )
     return _Arriving(extent, memory, tuple(chunks))
 
 
-def _read(path: Path, position: int, memory: Tensor) -> None:
-    """Fills `memory` from the file's byte `position` on, through a file descriptor of its own."""
+def _read(file: int, path: Path, position: int, memory: Tensor) -> None:
+    """Fills `memory` from byte `position` of `file` on, which is `path`'s. Threads share it: preadv has no position of
+    its own to move.
+    """
     assert memory.dtype == torch.uint8
     view = memory.numpy().data
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while view:
-                if not (count := os.preadv(file, [view], position)):
-                    raise CheckpointError(f"{path}: was cut short while it was read")
-                position += count
-                view = view[count:]
-        finally:
-            os.close(file)
+        while view:
+            if not (count := os.preadv(file, [view], position)):
+                raise CheckpointError(f"{path}: was cut short while it was read")
+            position += count
+            view = view[count:]
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None

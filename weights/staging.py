@@ -25,7 +25,7 @@ class Staging(Protocol):
     """Makes the memory that tensors are read into, and tells when a sink has taken a tensor out of it."""
 
     ahead_bytes: int
-    """How far reading may be ahead."""
+    """How far reading may be ahead at least, where the files are as large."""
 
     def allocate(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] on the CPU."""
@@ -72,7 +72,7 @@ class Ring:
     """
 
     def __init__(self, staging: Staging, num_bytes: int) -> None:
-        self._size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._size = max(1, -(-num_bytes // _ALIGNMENT)) * _ALIGNMENT  # tensors may all be empty
         self._staging = staging
         self._memory = staging.allocate(self._size)
         # Places count on and on; place p is byte p % size. What lies in [first, next) may not be written to.

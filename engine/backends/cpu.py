@@ -29,7 +29,6 @@ from weights.params import ParamKind, Piece
 _LANES = 16
 """Columns of a block of packed weights."""
 
-
 _MOST_INT8_PRODUCTS = 65536
 """Longest sum whose products of bytes surely fit into 32 bits (engine/kernels/cpu/bytes.h)."""
 

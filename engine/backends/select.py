@@ -42,6 +42,8 @@ def make_backend(
             assert found is not None
             weight_type = WeightType.int8 if quantization == "int8" else _WEIGHT_TYPES[dtype]
             return CpuBackend(config, dtype=dtype, weight_type=weight_type, instruction_set=found)
+        if name == "auto" and quantization is not None and device.type == "cuda":
+            raise ConfigurationError(f"quantization {quantization} needs --backend cuda on a GPU")
         if name == "cpu" or quantization is not None:
             wanted = f"backend {name}" if quantization is None else f"quantization {quantization}"
             raise ConfigurationError(f"{wanted} needs the CPU kernels: {reason}")

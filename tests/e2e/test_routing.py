@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.plan import active_params
+from engine.sizes import active_params
 from tests.e2e.running import Server, running_server
 from weights.config import load_config
 

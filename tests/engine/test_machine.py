@@ -37,6 +37,13 @@ def test_parse_memory_refuses_what_it_does_not_know(text: str) -> None:
         parse_memory(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 5000, f"1.{'0' * 5000}GB", "1" + "x" * 5000])
+def test_parse_memory_refuses_what_nobody_means_in_a_line(text: str) -> None:
+    with pytest.raises(ValueError, match="is not an amount of memory") as raised:
+        parse_memory(text)
+    assert len(str(raised.value)) < 200
+
+
 @pytest.mark.parametrize("text", ["0", "0GB", "0.1B"])
 def test_parse_memory_refuses_nothing(text: str) -> None:
     with pytest.raises(ValueError, match="is no memory at all"):

@@ -13,7 +13,9 @@ from engine import plan
 from engine.errors import ConfigurationError
 from engine.machine import parse_memory
 from engine.plan import plan_model
-from weights.config import ModelConfig
+from engine.routing.select import make_router, model_top_k
+from engine.sizes import active_params, params_by_kind
+from weights.config import ROUTER_TYPES, ModelConfig
 from weights.families.mixtral import pieces
 from weights.params import ParamKind
 
@@ -153,7 +155,7 @@ def test_memory_that_does_not_hold_the_weights_holds_no_tokens() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_counts_equal_the_checkpoint_tensors(tied: bool) -> None:
     config = dataclasses.replace(TINY, tie_word_embeddings=tied)
-    counts = plan.params_by_kind(config)
+    counts = params_by_kind(config)
     elements = sum(torch.Size(piece.shape).numel() for piece in pieces(config))
     assert sum(counts.values()) == elements
     assert (ParamKind.LM_HEAD in counts) is not tied
@@ -163,9 +165,9 @@ def test_counts_equal_the_checkpoint_tensors(tied: bool) -> None:
 
 def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
     one_expert = 3 * 3 * 24 * 40
-    total = sum(plan.params_by_kind(TINY).values())
-    assert plan.active_params(TINY) == total - (7 - 3) * one_expert
-    assert plan.active_params(dataclasses.replace(TINY, num_experts_per_tok=7)) == total
+    total = sum(params_by_kind(TINY).values())
+    assert active_params(TINY) == total - (7 - 3) * one_expert
+    assert active_params(dataclasses.replace(TINY, num_experts_per_tok=7)) == total
 
 
 def test_kv_tokens_fill_the_budget_exactly() -> None:
@@ -189,6 +191,43 @@ def test_fits_turns_at_the_last_byte() -> None:
 def test_context_defaults_to_the_checkpoints() -> None:
     assert plan_model(TINY, memory_bytes=1).max_model_len == 100
     assert plan_model(TINY, memory_bytes=1, max_model_len=7).max_model_len == 7
+
+
+def test_a_context_beyond_the_checkpoints_is_refused() -> None:
+    assert plan_model(TINY, memory_bytes=1, max_model_len=100).max_model_len == 100
+    with pytest.raises(ConfigurationError, match=r"^max_model_len 101 is over the model's context of 100 tokens$"):
+        plan_model(TINY, memory_bytes=1, max_model_len=101)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 7])
+@pytest.mark.parametrize("router_type", ROUTER_TYPES)
+def test_the_checkpoints_router_says_how_many_experts_a_token_has(router_type: str, num_experts: int) -> None:
+    """As many as a server's does."""
+    config = dataclasses.replace(TINY, router_type=router_type, num_experts=num_experts, num_experts_per_tok=1)
+    if num_experts == 7:
+        config = dataclasses.replace(config, num_experts_per_tok=3)
+    router = make_router(config, router=None, capacity_factor=None, simulation=None)
+    planned = plan_model(config, memory_bytes=1)
+    assert planned.max_choices == router.max_choices
+    assert planned.config.num_experts_per_tok == model_top_k(config, router)
+    idle = num_experts - model_top_k(config, router)
+    assert planned.active_params == planned.total_params - idle * 3 * 3 * 24 * 40
+
+
+def test_what_a_server_was_told_is_not_the_checkpoints_router() -> None:
+    config = dataclasses.replace(TINY, router_type="switch", num_experts_per_tok=3)
+    planned = plan_model(config, memory_bytes=1, max_choices=7)
+    assert (planned.config.num_experts_per_tok, planned.max_choices) == (3, 7)
+
+
+def test_an_older_card_of_this_machine_has_no_cache_of_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "gpu_name", lambda: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(plan, "gpu_reads_fp8", lambda: False)
+    monkeypatch.setattr(plan, "device_memory", lambda _: 10**9)
+    assert plan_model(TINY).kv_cache_dtypes == ("auto",)
+    with pytest.raises(ConfigurationError, match=r"^backend cuda has no fp8 KV cache on this card$"):
+        plan_model(TINY, kv_cache_dtype="fp8")
+    assert plan_model(TINY, kv_cache_dtype="fp8", memory_bytes=10**9).kv_cache_dtypes == ("auto", "fp8")
 
 
 def test_dtype_defaults_to_the_checkpoints() -> None:
@@ -235,6 +274,7 @@ def test_without_a_memory_this_machine_is_planned_for(monkeypatch: pytest.Monkey
     planned = plan_model(MIXTRAL_8X7B)
     assert (planned.device, planned.memory_bytes, planned.max_num_batched_tokens) == ("cpu", 10**9, 160)
     monkeypatch.setattr(plan, "gpu_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(plan, "gpu_reads_fp8", lambda: True)
     planned = plan_model(MIXTRAL_8X7B)
     assert (planned.device, planned.memory_bytes, planned.max_num_batched_tokens) == ("cuda", 2 * 10**9, 1152)
 

@@ -21,7 +21,7 @@ def test_table_says_what_fits_and_what_would() -> None:
     assert fits.splitlines()[-1].startswith("Fits: ")
     short = table(plan_model(MIXTRAL_8X7B, memory_bytes=parse_memory("80GiB")))
     assert short.splitlines()[-1].startswith("Does not fit: ")
-    assert "It would fit with --quantization fp8" in short
+    assert "It would fit with --backend cuda --quantization fp8" in short
     assert all(line == line.rstrip() for line in fits.splitlines())
 
 
@@ -64,6 +64,16 @@ def test_a_checkpoint_of_fp8_is_not_compared_with_what_it_is_not() -> None:
     config = replace(MIXTRAL_8X7B, fp8=True, fp8_experts=True)
     kinds = [plan.quantization for plan in variants(plan_model(config, memory_bytes=1))]
     assert kinds == ["fp8", "fp8", "int8", "int8"]
+
+
+def test_each_kind_of_weights_has_its_own_token_budget_unless_one_was_asked_for() -> None:
+    """On an H100 int8 weights turn compute-bound at half the tokens."""
+    plan = plan_model(MIXTRAL_8X7B, card="NVIDIA H100 80GB HBM3", memory_bytes=parse_memory("80GiB"))
+    plans = variants(plan)
+    assert [each.max_num_batched_tokens for each in plans] == [1152, 1152, 1152, 1152, 640, 640]
+    for each in plans:
+        assert each.activation_bytes == replace(each, step_tokens=each.max_num_batched_tokens).activation_bytes
+    assert {each.max_num_batched_tokens for each in variants(replace(plan, step_tokens=77))} == {77}
 
 
 def test_the_cpu_has_its_own_kinds() -> None:

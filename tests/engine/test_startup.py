@@ -21,9 +21,10 @@ from engine.config import EngineConfig
 from engine.errors import ConfigurationError
 from engine.executor import LocalExecutor
 from engine.machine import parse_memory
-from engine.plan import QUANTIZATIONS, kv_cache_dtypes, plan_model
+from engine.plan import MemoryKind, Plan, plan_model
 from engine.profile import StepMemory
 from engine.startup import DTYPES, pick_device, pick_dtype, start
+from engine.startup_checks import check_memory
 from engine.types import EngineInfo
 from server import flags
 from tests.engine.test_plan import MIXTRAL_8X7B
@@ -108,19 +109,41 @@ def test_a_cache_for_less_than_one_sequence_says_how_much_is_needed(checkpoint: 
 
 
 def test_a_cache_that_no_machine_holds(checkpoint: Path) -> None:
-    with pytest.raises(ConfigurationError, match="kv_cache_memory_bytes"):
+    with pytest.raises(ConfigurationError, match=r"kv_cache_memory_bytes .* with --kv-cache-memory-bytes \d+MiB or"):
         start(make_config(checkpoint, kv_cache_memory_bytes=1 << 55))
 
 
 def test_weights_that_do_not_fit_are_not_loaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(checkpoint, kv_cache_memory_bytes=256 * BYTES_PER_TOKEN)
+    """Neither on their own, nor with the cache whose size was chosen beside them."""
+    chosen = make_config(checkpoint, kv_cache_memory_bytes=256 * BYTES_PER_TOKEN)
+    weight_bytes = start(chosen)[1].total_params * 4
+    for config, least in (
+        (chosen, weight_bytes + 256 * BYTES_PER_TOKEN),
+        (replace(chosen, kv_cache_memory_bytes=None), weight_bytes),
+    ):
+        monkeypatch.setattr(startup, "load", lambda *_, **__: pytest.fail("loaded"))
+        monkeypatch.setattr(startup, "device_memory", lambda _, least=least: int(least / 0.9) - 2)
+        with pytest.raises(ConfigurationError, match="the weights take"):
+            start(config)
+        monkeypatch.undo()
+        monkeypatch.setattr(startup, "device_memory", lambda _, least=least: int(least / 0.9) + 2)
+        start(config)
+        monkeypatch.undo()
+
+
+def test_a_cache_that_the_cpu_cannot_have_is_found_before_the_load(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default it is a quarter of what the weights leave free: 256 tokens of 256 bytes do not fit into a quarter of
+    200,000 bytes."""
+    config = make_config(checkpoint, kv_cache_memory_bytes=None)
     weight_bytes = start(config)[1].total_params * 4
     monkeypatch.setattr(startup, "load", lambda *_, **__: pytest.fail("loaded"))
-    monkeypatch.setattr(startup, "device_memory", lambda _: int(weight_bytes / 0.9) - 2)
-    with pytest.raises(ConfigurationError, match="the weights take"):
+    monkeypatch.setattr(startup, "available_host_memory", lambda: weight_bytes + 200_000)
+    with pytest.raises(ConfigurationError, match=r"the KV cache of 50,000 bytes holds 192 tokens, but one"):
         start(config)
     monkeypatch.undo()
-    monkeypatch.setattr(startup, "device_memory", lambda _: int(weight_bytes / 0.9) + 2)
+    monkeypatch.setattr(startup, "available_host_memory", lambda: weight_bytes + 4 * 256 * BYTES_PER_TOKEN)
     start(config)
 
 
@@ -129,8 +152,8 @@ def test_what_would_fit_is_said_when_weights_do_not(checkpoint: Path, monkeypatc
     with pytest.raises(ConfigurationError) as raised:
         start(make_config(checkpoint))
     found = re.fullmatch(
-        r"the weights take .* kB in float32; this device has 100\.0 kB and may use 90% of it\. It would fit with .*a "
-        r"memory of ([\d.]+) (.B)\.",
+        r"the weights take .* kB in float32, kv_cache_memory_bytes 1\.0 MB; this device has 100\.0 kB and may use 90% "
+        r"of it\. It would fit with a memory of ([\d.]+) (.B)\.",
         str(raised.value),
     )
     assert found is not None
@@ -139,20 +162,42 @@ def test_what_would_fit_is_said_when_weights_do_not(checkpoint: Path, monkeypatc
 
 
 def test_on_a_gpu_the_longest_sequence_must_fit_beside_the_weights() -> None:
-    config = EngineConfig(model="m")
     plan = plan_model(MIXTRAL_8X7B, memory_bytes=parse_memory("107GB"))
     assert plan.weight_bytes < plan.budget_bytes < plan.weight_bytes + 32768 * 131_072
     with pytest.raises(ConfigurationError) as raised:
-        startup._check_memory(plan, config, CUDA)
+        check(plan)
     assert str(raised.value) == (
         "the weights take 93.4 GB in bfloat16, one sequence of 32,768 tokens 4.3 GB; this device has 107.0 GB and may "
         "use 90% of it. It would fit with --quantization fp8, --quantization int8, --max-model-len 4864 "
         "or a memory of 111.1 GB."
     )
-    startup._check_memory(plan, replace(config, kv_cache_memory_bytes=1 << 30), CUDA)
-    startup._check_memory(plan, config, CPU)
-    shorter = plan_model(MIXTRAL_8X7B, memory_bytes=parse_memory("107GB"), max_model_len=1024)
-    startup._check_memory(shorter, config, CUDA)
+    check(plan_model(MIXTRAL_8X7B, memory_bytes=parse_memory("107GB"), max_model_len=1024))
+
+
+def check(plan: Plan) -> None:
+    check_memory(plan, block_size=16, could_narrow=False)
+
+
+def test_a_cache_whose_size_was_chosen_must_fit_beside_the_weights() -> None:
+    def planned(kv_cache: str) -> Plan:
+        return plan_model(
+            MIXTRAL_8X7B,
+            quantization="fp8",
+            memory_bytes=parse_memory("80GiB"),
+            kv_cache_memory_bytes=parse_memory(kv_cache),
+        )
+
+    with pytest.raises(ConfigurationError) as raised:
+        check(planned("60GB"))
+    assert str(raised.value) == (
+        "the weights take 48.3 GB in fp8, kv_cache_memory_bytes 60.0 GB; this device has 85.9 GB and may use 90% of "
+        "it. It would fit with --kv-cache-memory-bytes 25706MiB or a memory of 122.7 GB."
+    )
+    check(planned("25706MiB"))
+    assert planned("25706MiB").fits
+    assert not planned("25707MiB").fits
+    with pytest.raises(ConfigurationError, match=r"the KV cache of 1,000,000,000 bytes holds 7616 tokens"):
+        check(planned("1GB"))
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
@@ -234,7 +279,8 @@ def test_the_cache_gets_what_is_left_beside_what_was_measured(
     assert memory.measured["CUDA itself"] == 50_000
     assert memory.graphs == memory.measured["CUDA graphs"] == graph_bytes
     assert memory.measured["KV cache"] == memory.kv_cache == info.num_blocks * 16 * BYTES_PER_TOKEN
-    assert memory.predicted.keys() == memory.measured.keys()
+    assert memory.predicted.keys() == memory.measured.keys() == set(MemoryKind)
+    assert {type(kind) for kind in memory.measured} == {str}, "other processes read it"
 
 
 def test_a_padded_head_takes_more_than_was_planned(checkpoint: Path) -> None:
@@ -399,6 +445,8 @@ def test_backends() -> None:
         make("auto", torch.float16, "int8")
     with pytest.raises(ConfigurationError, match="backend torch has no int8 weights"):
         make("torch", quantization="int8")
+    with pytest.raises(ConfigurationError, match=r"^quantization int8 needs --backend cuda on a GPU$"):
+        make_backend("auto", TINY_MIXTRAL, device=CUDA, dtype=torch.bfloat16, quantization="int8")
     for name in ("auto", "cpu", "torch", "reference"):
         with pytest.raises(ConfigurationError, match="only backend cuda has fp8 weights"):
             make(name, quantization="fp8")
@@ -414,8 +462,6 @@ def test_the_gpu_backend_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_backend_is_a_choice_of_the_command_line() -> None:
     assert flags.BACKENDS == select.BACKENDS
-    assert set(flags.KV_CACHE_DTYPES) == set(kv_cache_dtypes("cuda"))
-    assert set(flags.QUANTIZATIONS) == set(QUANTIZATIONS["cuda"])
     assert set(DTYPES) | {"auto"} == set(flags.DTYPES)
 
 

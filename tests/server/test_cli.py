@@ -20,7 +20,7 @@ import pytest
 
 from engine.child import child_environment
 from engine.config import EngineConfig
-from engine.plan import params_by_kind
+from engine.sizes import params_by_kind
 from engine.text import Tokenizer
 from server.cli import cache_dir, main
 from server.config import EdgeConfig, SamplingDefaults, ServerConfig
@@ -234,6 +234,21 @@ def test_plan_for_a_cpu_has_what_a_cpu_has(tmp_path: Path, capsys: pytest.Captur
     assert plan["weight_bytes"] < 47e9, "all that is large is int8"
     assert main([*argv, "fp8"]) == 1
     assert capsys.readouterr().err == "mixserve: error: backend cpu has no fp8 weights\n"
+
+
+def test_plan_refuses_a_context_that_a_server_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
+    assert main(["plan", str(tmp_path), "--memory", "80GiB", "--max-model-len", "32769"]) == 1
+    error = "max_model_len 32769 is over the model's context of 32768 tokens"
+    assert capsys.readouterr().err == f"mixserve: error: {error}\n"
+
+
+def test_plan_is_for_the_checkpoints_router(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Switch's is one expert a token, whatever num_experts_per_tok is."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B | {"router_type": "switch"}))
+    assert main(["plan", str(tmp_path), "--memory", "80GiB", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["total_params"] - plan["active_params"] == 32 * 7 * 3 * 4096 * 14336
 
 
 def test_plan_of_a_repository_fetches_its_configuration_alone(tmp_path: Path) -> None:

@@ -53,7 +53,13 @@ def test_known_extras() -> None:
     is_extra = FAMILIES["mixtral"].is_extra
     assert is_extra(TINY_MIXTRAL, "model.layers.0.self_attn.rotary_emb.inv_freq")
     assert not is_extra(TINY_MIXTRAL, "lm_head.weight")
-    assert is_extra(replace(TINY_MIXTRAL, tie_word_embeddings=True), "lm_head.weight")
+    tied = replace(TINY_MIXTRAL, tie_word_embeddings=True)
+    assert is_extra(tied, "lm_head.weight")
+    for name in ("lm_head.weight_scale", "lm_head.input_scale"):
+        assert is_extra(replace(tied, fp8=True), name)
+        assert not is_extra(tied, name), "nothing has scales"
+        assert not is_extra(replace(TINY_MIXTRAL, fp8=True), name)
+    assert not is_extra(replace(tied, fp8=True), "lm_head.bias")
 
 
 def test_an_unknown_family() -> None:

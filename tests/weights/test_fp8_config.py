@@ -37,6 +37,7 @@ def layout(group: object = None, *, weights: dict[str, Any] | None = None, **cha
         layout(
             {**COMPRESSED_TENSORS["config_groups"]["group_0"], "format": "float-quantized"}, format="mixed-precision"
         ),
+        layout(sparsity_config={"format": "dense", "ignore": [], "targets": [], "sparsity_structure": "unstructured"}),
         {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": None},
     ],
     ids=str,
@@ -102,6 +103,8 @@ GROUP = "^quantization_config: group 'group_0' "
         (layout(config_groups=None), "config_groups must be"),
         (layout(config_groups=[1]), "config_groups must be"),
         (layout(sparsity_config={"format": "sparse-24-bitmask"}), "^quantization_config: sparsity_config is not supp"),
+        (layout(sparsity_config={"sparsity_structure": "2:4"}), "sparsity_config is not supported"),
+        (layout(sparsity_config="dense"), "sparsity_config is not supported"),
         (layout(transform_config={"config_groups": {"u": {}}}), "^quantization_config: transform_config is not supp"),
         (AUTOFP8 | {"weight_block_size": [128, 128]}, r"a scale for each block of \[128, 128\] are not supported"),
         (AUTOFP8 | {"fmt": "e5m2"}, "format 'e5m2' are not supported"),

@@ -191,9 +191,9 @@ def test_a_file_cut_short_ends_the_load(tmp_path: Path) -> None:
     last = tmp_path / "model-00003-of-00003.safetensors"
     os.truncate(last, last.stat().st_size // 2)
     sink, threads = StackingSink(config), threading.active_count()
-    with pytest.raises(CheckpointError, match=r"model-00003-of-00003\.safetensors: was cut short while it was read"):
+    with pytest.raises(CheckpointError, match=r"model-00003-of-00003\.safetensors: has .* when its header was read"):
         load(checkpoint, sink)
-    assert 0 < len(sink.sources) < len(checkpoint.tensors)
+    assert not sink.sources
     assert threading.active_count() == threads
 
 

@@ -29,7 +29,8 @@ def write(folder: Path, sizes: list[list[int]]) -> tuple[list[Extent], list[Tens
         content = [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator) for size in own]
         path.write_bytes(bytes(7) + b"".join(tensor.numpy().tobytes() for tensor in content))
         for i, size in enumerate(own):
-            extents.append(Extent(f"{number}.{i}", path, HeaderEntry(torch.uint8, (size,), position, position + size)))
+            entry = HeaderEntry(torch.uint8, (size,), position, position + size)
+            extents.append(Extent(f"{number}.{i}", path, entry, 7 + sum(own)))
             position += size
         values += content
     return extents, values
@@ -93,7 +94,7 @@ def test_tensors_come_whole_and_in_order(
 
 
 def test_several_threads_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each through a file descriptor of its own: across two files, and in pieces of one tensor."""
+    """Across two files, each opened once, and in pieces of one tensor."""
     extents, values = write(tmp_path, [[400], [400]])
     monkeypatch.setattr(module, "CHUNK_BYTES", 100)
     together = threading.Barrier(8)
@@ -107,7 +108,7 @@ def test_several_threads_read_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "preadv", wait_for_the_others)
     copies = [tensor.clone() for _, tensor in read_ahead(extents, Ring(HostStaging(), 1000))]
-    assert len(files) == 8
+    assert len(files) == 2
     assert all(torch.equal(copy, value) for copy, value in zip(copies, values, strict=True))
 
 
@@ -145,6 +146,10 @@ def cut(path: Path, _: pytest.MonkeyPatch) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
+def lengthen(path: Path, _: pytest.MonkeyPatch) -> None:
+    os.truncate(path, path.stat().st_size + 1)
+
+
 def remove(path: Path, _: pytest.MonkeyPatch) -> None:
     path.unlink()
 
@@ -163,7 +168,12 @@ def break_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts Linux's file descriptors")
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(cut, "was cut short while it was read"), (remove, "No such file"), (break_disk, "Input/output error")],
+    [
+        (cut, r"has 134 bytes, and had 135 when its header was read"),
+        (lengthen, r"has 136 bytes, and had 135 when"),
+        (remove, "No such file"),
+        (break_disk, "Input/output error"),
+    ],
 )
 def test_a_file_that_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path, pytest.MonkeyPatch], None], message: str
@@ -176,6 +186,28 @@ def test_a_file_that_cannot_be_read(
         copies.extend(tensor.clone() for _, tensor in read_ahead(extents, Ring(HostStaging(), 128)))
     assert all(torch.equal(copy, value) for copy, value in zip(copies, values, strict=False))
     assert resources() == before
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
+    extents, values = write(tmp_path, [[64] * 8])
+    reading = read_ahead(extents, Ring(HostStaging(), 64))
+    _, first = next(reading)
+    assert torch.equal(first, values[0])
+    os.truncate(tmp_path / "0.bin", 7 + 3 * 64)
+    with pytest.raises(CheckpointError, match=r"0\.bin: was cut short while it was read"):
+        list(reading)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was(tmp_path: Path) -> None:
+    """As a download that puts its file in place at the end does: no part of the new one gets between the old."""
+    extents, values = write(tmp_path, [[64] * 4, [64] * 4])
+    reading = read_ahead(extents, Ring(HostStaging(), 64))
+    copies = [next(reading)[1].clone()]
+    for name in ("0.bin", "1.bin"):
+        (tmp_path / "new").write_bytes(bytes(7 + 4 * 64))
+        (tmp_path / "new").replace(tmp_path / name)
+    copies += [tensor.clone() for _, tensor in reading]
+    assert all(torch.equal(copy, value) for copy, value in zip(copies, values, strict=True))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts Linux's file descriptors")

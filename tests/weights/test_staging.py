@@ -95,6 +95,10 @@ def test_no_two_stretches_in_use_overlap(seed: int) -> None:
     assert taken > 50
 
 
+def test_nothing_can_be_taken_of_nothing() -> None:
+    assert take(Ring(HostStaging(), 0), 0).shape == (0,)
+
+
 def test_memory_is_used_again_when_its_event_has_fired() -> None:
     staging = Late(queries=3)
     ring = Ring(staging, 64)

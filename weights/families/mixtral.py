@@ -89,5 +89,6 @@ def optional(config: ModelConfig) -> tuple[Piece, ...]:
 
 
 def is_extra(config: ModelConfig, name: str) -> bool:
-    """Known left-overs: old rotary buffers, and an lm_head that only repeats tied embeddings."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+    """Known left-overs: old rotary buffers, and an lm_head that only repeats tied embeddings, with its scales."""
+    repeated = ("lm_head.weight", *(("lm_head.weight_scale", "lm_head.input_scale") if config.fp8 else ()))
+    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name in repeated)
