@@ -93,10 +93,10 @@ _H2: dict[str, tuple[str, str, str | None]] = {
     "1e400 in a field without effect": ("metadata", '{"a": [1e400]}', "metadata"),
     "400 digits and a point": ("temperature", "9" * 400 + ".0", "temperature"),
 }
-_H6_ROUTES = ("/", "/v1", "/v1/", "/v1/nothing", "/v1/completions/", "/V1/models", "/health/x", "/v1/embeddings")
+_H6_ROUTES = ("/nothing", "/v1", "/v1/", "/v1/nothing", "/v1/completions/", "/V1/models", "/health/x", "/v1/embeddings")
 _H6_METHODS = (
     *(("GET", COMPLETIONS), ("DELETE", CHAT), ("PUT", COMPLETIONS), ("PATCH", CHAT), ("POST", "/v1/models")),
-    *(("POST", "/metrics"), ("PUT", "/health"), ("GET", "/v1/experts/reset"), ("OPTIONS", COMPLETIONS)),
+    *(("POST", "/metrics"), ("POST", "/"), ("PUT", "/health"), ("GET", "/v1/experts/reset"), ("OPTIONS", COMPLETIONS)),
     *(("GET", "/tokenize"), ("GET", "/detokenize")),
 )
 _H7 = ("other", "../../x", "../../../../etc/passwd", "/etc/passwd", "", "TINY", "tiny ", "tiny\u0000", "x" * 10_000)
