@@ -94,7 +94,7 @@ def test_a_chunked_body_over_the_limit(live: Live) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/nothing", "/v1/completions/", "/health/x", "//v1/models", "/V1/models"]
+    "path", ["/nothing", "/v1", "/v1/nothing", "/v1/completions/", "/health/x", "//v1/models", "/V1/models"]
 )
 def test_unknown_routes(live: Live, path: str) -> None:
     error_of(live.client.get(live.url + path), 404)
