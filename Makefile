@@ -1,6 +1,6 @@
 # make serve              set everything up and serve the demo model on http://127.0.0.1:8000
 # make serve ARGS="MODEL --port 9000"   (any arguments of `mixserve serve`)
-# make test               the whole suite, demo model included      (about 19 minutes on 2 cores)
+# make test               the whole suite, demo model included      (about 25 minutes on 2 cores)
 # make test-unit          without the demo model and real servers
 # make test-full          also the slow tests
 # make check | format     ruff and mypy | let ruff rewrite
