@@ -150,7 +150,8 @@ def _figures(event: LiveEvent) -> list[str]:
 def _times(times: Percentiles | None) -> str:
     if times is None:
         return "-"
-    return "/".join(f"{1000 * seconds:.3g}" for seconds in (times["p50"], times["p90"], times["p99"])) + " ms"
+    found = [1000 * seconds for seconds in (times["p50"], times["p90"], times["p99"])]
+    return "/".join(f"{number:.0f}" if number >= 100 else f"{number:.3g}" for number in found) + " ms"
 
 
 def _size(num_bytes: int) -> str:

@@ -44,7 +44,8 @@ export class Answer {
     this.recolour();
     this.list.addEventListener("click", (event) => this.click(event));
     this.list.addEventListener("keydown", (event) => this.key(event));
-    this.list.addEventListener("focus", () => this.cursor < 0 && this.moveTo(0));
+    // By the keyboard: a press of the mouse goes to the token under it, and must not be scrolled away from it.
+    this.list.addEventListener("focus", () => this.cursor < 0 && this.list.matches(":focus-visible") && this.moveTo(0));
   }
 
   get state() {
@@ -151,7 +152,7 @@ export class Answer {
     const steps = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 };
     if (event.key in steps) this.moveTo(this.cursor + steps[event.key]);
     else if (event.key === "Home") this.moveTo(0);
-    else if (event.key === "End") this.moveTo(this.tokens.length - 1);
+    else if (event.key === "End") this.moveTo(this.list.children.length - 1);
     else if (event.key === "Enter" || event.key === " ") this.chat.select(this, this.cursor);
     else return;
     event.preventDefault();
@@ -159,7 +160,7 @@ export class Answer {
 
   moveTo(index) {
     this.list.children[this.cursor]?.classList.remove("cursor");
-    this.cursor = Math.max(0, Math.min(this.tokens.length - 1, index));
+    this.cursor = Math.max(0, Math.min(this.list.children.length - 1, index)); // of those that are shown by now
     const span = this.list.children[this.cursor];
     span.classList.add("cursor");
     span.scrollIntoView({ block: "nearest" });

@@ -30,6 +30,7 @@ export class Api {
       if (event.error) throw new ApiError(500, event.error.message, event.error.code);
       yield event;
     }
+    throw new ApiError(0, "The server ended the connection.");
   }
 
   async request(path, { body = null, signal = null } = {}) {
@@ -48,7 +49,7 @@ export class Api {
       });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ApiError(0, "The server does not answer.");
+      throw new ApiError(0, "The server cannot be reached.");
     }
     if (response.ok) return response;
     const error = await apiError(response);

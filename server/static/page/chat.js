@@ -24,7 +24,7 @@ export class Chat {
     this.message.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
-      this.send();
+      byId("ask").requestSubmit(); // which looks at the fields first
     });
     byId("stop").addEventListener("click", () => this.stop());
     byId("new-chat").addEventListener("click", () => this.clear());

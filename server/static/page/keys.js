@@ -39,6 +39,7 @@ export class Keys {
 
   use(key) {
     if (key === "") return;
+    if (!/^[!-~]+$/.test(key)) return this.ask("A key has letters, digits and signs of ASCII only.", true);
     this.key = key;
     sessionStorage.setItem(STORED, key);
     this.field.value = "";

@@ -45,7 +45,7 @@ def test_the_whole_of_it() -> None:
         "requests  3 running, 1 waiting, 2 preempted since the start",
         "KV cache  13% in use; prefix cache 40% hits",
         "tokens/s  12.5 read, 1,234.6 generated",
-        "latency   first token 20.4/31.1/1.5e+03 ms, then - (p50/p90/p99)",
+        "latency   first token 20.4/31.1/1500 ms, then - (p50/p90/p99)",
         "memory    weights 3.00 GB, KV cache 1.00 GB, in all 4.10 GB of 64.00 GB",
     ]
     total = lines(event, PLAIN, since_start=True)
